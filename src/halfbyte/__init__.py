@@ -1,0 +1,54 @@
+"""halfbyte: any Hugging Face causal language model in 4 bits, run fast, with nothing hidden.
+
+The public API, stable from version 0.1 on. Names are resolved when first used, so `import halfbyte` costs nothing.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from halfbyte.errors import HalfbyteError
+    from halfbyte.evaluation.perplexity import perplexity
+    from halfbyte.generation.model import Model, load
+    from halfbyte.quantization.config import QuantConfig
+    from halfbyte.quantization.pipeline import quantize
+    from halfbyte.quantization.report import QuantizationReport
+    from halfbyte.tensor import QuantizedTensor
+
+__version__ = "0.1.0"
+
+_HOMES = {
+    "HalfbyteError": "halfbyte.errors",
+    "Model": "halfbyte.generation.model",
+    "QuantConfig": "halfbyte.quantization.config",
+    "QuantizationReport": "halfbyte.quantization.report",
+    "QuantizedTensor": "halfbyte.tensor",
+    "load": "halfbyte.generation.model",
+    "perplexity": "halfbyte.evaluation.perplexity",
+    "quantize": "halfbyte.quantization.pipeline",
+}
+
+__all__ = [
+    "HalfbyteError",
+    "Model",
+    "QuantConfig",
+    "QuantizationReport",
+    "QuantizedTensor",
+    "load",
+    "perplexity",
+    "quantize",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module 'halfbyte' has no attribute {name!r}")
+    value = getattr(import_module(_HOMES[name]), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), *__all__])

@@ -1,0 +1,1 @@
+"""The model's shape without its weights: skeleton, decoder blocks, names on disk."""

@@ -1,0 +1,131 @@
+"""A Hugging Face causal language model without weights, filled part by part.
+
+The skeleton is the real transformers module tree with every parameter on the meta device, so the largest model costs
+a few megabytes. Buffers (rotary frequencies and the like) are real: they come from the config, not from the file.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any, Protocol
+
+import torch
+from torch import nn
+
+from halfbyte.errors import CheckpointError, UnsupportedError
+
+
+class TensorSource(Protocol):
+    """Where weights come from: `checkpoints.Checkpoint`, or anything that reads a tensor by its name on disk."""
+
+    def __contains__(self, name: object) -> bool:
+        """Whether the source holds the tensor."""
+
+    def read(self, name: str) -> torch.Tensor:
+        """The tensor, in memory of its own."""
+
+
+def build_skeleton(folder: str, dtype: torch.dtype) -> Any:
+    """The module tree of the model in `folder`, parameters on the meta device, in eval mode.
+
+    Args:
+        folder: a Hugging Face model folder; only config.json is read.
+        dtype: dtype of the parameters to come.
+
+    Raises:
+        UnsupportedError: transformers has no causal language model for this config.
+    """
+    import accelerate
+    import transformers
+
+    config = transformers.AutoConfig.from_pretrained(folder, local_files_only=True)
+    with accelerate.init_empty_weights(include_buffers=False):
+        try:
+            model = transformers.AutoModelForCausalLM.from_config(config, dtype=dtype)
+        except (ValueError, ImportError) as error:
+            reason = str(error).strip().splitlines()[0]
+            raise UnsupportedError(
+                f"{folder}: transformers has no causal language model for model_type "
+                f"{getattr(config, 'model_type', None)!r} ({reason})"
+            ) from error
+    model.tie_weights()
+    model.requires_grad_(False)
+    return model.eval()
+
+
+def find_decoder_blocks(model: nn.Module) -> tuple[str, nn.ModuleList]:
+    """The list of decoder blocks and its dotted name.
+
+    It is the longest `ModuleList` whose members are all of one class and hold linears; the config's layer count
+    breaks ties.
+
+    Raises:
+        UnsupportedError: there is none.
+    """
+    layers = getattr(getattr(model, "config", None), "num_hidden_layers", None)
+    best: tuple[str, nn.ModuleList] | None = None
+    for name, module in model.named_modules():
+        if not isinstance(module, nn.ModuleList) or len({type(child) for child in module}) != 1:
+            continue
+        if not any(isinstance(part, nn.Linear) for part in module[0].modules()):
+            continue
+        if best is None or (len(module) == layers, len(module)) > (len(best[1]) == layers, len(best[1])):
+            best = (name, module)
+    if best is None:
+        raise UnsupportedError(f"{type(model).__name__}: no list of decoder blocks found in the module tree")
+    return best
+
+
+def named_linears(block: nn.Module) -> Iterator[tuple[str, nn.Linear]]:
+    """The linears of a block with their names inside it, in module order."""
+    for name, module in block.named_modules():
+        if isinstance(module, nn.Linear):
+            yield name, module
+
+
+def fill(
+    module: nn.Module,
+    prefix: str,
+    source: TensorSource,
+    dtype: torch.dtype | None = None,
+    *,
+    skip: str | None = None,
+) -> None:
+    """Read every parameter of `module` that is still on the meta device.
+
+    Args:
+        module: part of a skeleton.
+        prefix: its dotted name in the model; "" for the whole model.
+        source: where the tensors are.
+        dtype: convert to this floating dtype; None keeps the dtype on disk.
+        skip: dotted name inside `module` of a part to leave empty, e.g. the list of decoder blocks.
+
+    Raises:
+        CheckpointError: a tensor is missing or has another shape than the config implies.
+    """
+    for name, parameter in list(module.named_parameters(remove_duplicate=True)):
+        if not parameter.is_meta or (skip is not None and name.startswith(skip + ".")):
+            continue
+        full = f"{prefix}.{name}" if prefix else name
+        if full not in source:
+            raise CheckpointError(
+                f"tensor {full}: the config implies it, the checkpoint lacks it; is it complete?"
+            )
+        tensor = source.read(full)
+        if tensor.shape != parameter.shape:
+            raise CheckpointError(
+                f"tensor {full}: expected shape {list(parameter.shape)} from config.json, found {list(tensor.shape)}"
+            )
+        set_parameter(module, name, tensor if dtype is None else tensor.to(dtype))
+
+
+def set_parameter(module: nn.Module, name: str, value: torch.Tensor) -> None:
+    """Replace the parameter at the dotted `name` inside `module`."""
+    path, _, leaf = name.rpartition(".")
+    setattr(module.get_submodule(path), leaf, nn.Parameter(value, requires_grad=False))
+
+
+def release(module: nn.Module) -> None:
+    """Return every parameter of `module` to the meta device, freeing its memory."""
+    for name, parameter in list(module.named_parameters()):
+        set_parameter(module, name, torch.empty_like(parameter, device="meta"))

@@ -1,0 +1,200 @@
+"""`Model`: a loaded model, quantized or not, behind one small interface."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from functools import cached_property
+from pathlib import Path
+from typing import Any, Literal, overload
+
+import torch
+
+from halfbyte.architectures.tokenizer import load_tokenizer
+from halfbyte.checkpoints.sources import resolve_model
+from halfbyte.errors import ConfigError
+from halfbyte.generation.loop import generate_tokens
+from halfbyte.runtime.loading import LoadedNetwork, load_network
+from halfbyte.sampling.filters import SamplingParameters
+
+Prompt = str | Sequence[dict[str, str]]
+
+
+def load(path: str | Path, *, device: str = "auto", backend: str = "auto") -> Model:
+    """Open a model: a halfbyte or AutoAWQ GEMM checkpoint, or an unquantized Hugging Face folder.
+
+    Args:
+        path: a folder, "sample:NAME" or a hub name.
+        device: "auto", "cpu", "cuda" or "cuda:N".
+        backend: which kernel runs the quantized linears; `halfbyte backends` lists them.
+
+    Raises:
+        HalfbyteError: nothing there, a broken checkpoint, or a backend this machine lacks.
+    """
+    return Model(load_network(resolve_model(path), device=device, backend=backend))
+
+
+class Model:
+    """A causal language model with its tokenizer.
+
+    Attributes:
+        network: the transformers module; its quantized linears are `QuantLinear`.
+        folder: where it was read from.
+        quantized: whether its linears are quantized.
+        kernels: kernel name → number of linears that run on it; empty when not quantized.
+    """
+
+    def __init__(self, loaded: LoadedNetwork):
+        self.network = loaded.network
+        self.folder = loaded.folder
+        self.quantized = loaded.quantized
+        self.kernels = loaded.kernels
+
+    @cached_property
+    def tokenizer(self) -> Any:
+        """The Hugging Face tokenizer of the folder."""
+        return load_tokenizer(self.folder)
+
+    @property
+    def device(self) -> torch.device:
+        """Where the embedding is, and so where token ids go."""
+        weight = self.network.get_input_embeddings().weight
+        assert isinstance(weight, torch.Tensor)
+        return weight.device
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes the weights occupy in memory, packed layouts included and tied tensors once."""
+        seen = {p.data_ptr(): p.numel() * p.element_size() for p in self.network.parameters()}
+        packed = sum(m.nbytes for m in self.network.modules() if hasattr(m, "prepared"))
+        return sum(seen.values()) + packed
+
+    @torch.inference_mode()
+    def logits(self, token_ids: Sequence[int] | torch.Tensor) -> torch.Tensor:
+        """Next-token logits at every position.
+
+        Args:
+            token_ids: [tokens], each inside the vocabulary.
+
+        Returns:
+            float32 [tokens, vocab] on the CPU.
+        """
+        ids = torch.as_tensor(token_ids, dtype=torch.int64)
+        if ids.ndim != 1 or ids.numel() == 0:
+            raise ConfigError(
+                f"token_ids: expected one sequence of at least one token, got shape {list(ids.shape)}"
+            )
+        vocabulary = self.network.get_input_embeddings().num_embeddings
+        if int(ids.min()) < 0 or int(ids.max()) >= vocabulary:
+            raise ConfigError(
+                f"token_ids: expected ids in [0, {vocabulary}), got {int(ids.min())}…{int(ids.max())}"
+            )
+        result = self.network(input_ids=ids.unsqueeze(0).to(self.device), use_cache=False).logits[0]
+        return result.float().cpu()
+
+    def encode(self, prompt: Prompt) -> torch.Tensor:
+        """Token ids int64 [tokens] of a string as it is, or of chat messages through the tokenizer's template.
+
+        Raises:
+            ConfigError: nothing to encode, or messages for a tokenizer without a template.
+        """
+        if isinstance(prompt, str):
+            ids = self.tokenizer(prompt)["input_ids"]
+        elif self.tokenizer.chat_template is None:
+            raise ConfigError(
+                f"{self.folder}: its tokenizer has no chat template; give the prompt as a string"
+            )
+        else:
+            ids = self.tokenizer.apply_chat_template(list(prompt), add_generation_prompt=True)["input_ids"]
+        if not ids:
+            raise ConfigError("prompt: empty; give at least one character")
+        return torch.tensor(ids, dtype=torch.int64, device=self.device)
+
+    @property
+    def stop_ids(self) -> frozenset[int]:
+        """End-of-sequence ids of the generation config."""
+        eos = self.network.generation_config.eos_token_id
+        return frozenset() if eos is None else frozenset([eos] if isinstance(eos, int) else eos)
+
+    @overload
+    def generate(
+        self,
+        prompt: Prompt,
+        *,
+        max_new_tokens: int = ...,
+        temperature: float = ...,
+        top_k: int | None = ...,
+        top_p: float | None = ...,
+        seed: int | None = ...,
+        stream: Literal[False] = ...,
+    ) -> str: ...
+
+    @overload
+    def generate(
+        self,
+        prompt: Prompt,
+        *,
+        max_new_tokens: int = ...,
+        temperature: float = ...,
+        top_k: int | None = ...,
+        top_p: float | None = ...,
+        seed: int | None = ...,
+        stream: Literal[True],
+    ) -> Iterator[str]: ...
+
+    def generate(
+        self,
+        prompt: Prompt,
+        *,
+        max_new_tokens: int = 128,
+        temperature: float = 0.0,
+        top_k: int | None = None,
+        top_p: float | None = None,
+        seed: int | None = None,
+        stream: bool = False,
+    ) -> str | Iterator[str]:
+        """Continue a prompt.
+
+        Args:
+            prompt: a string to continue, or chat messages [{"role": …, "content": …}] to answer.
+            max_new_tokens: how many tokens at most.
+            temperature: 0 is greedy.
+            top_k: see `SamplingParameters`.
+            top_p: see `SamplingParameters`.
+            seed: makes sampling repeatable; None draws a fresh one.
+            stream: return an iterator of pieces of text instead of the whole.
+
+        Raises:
+            ConfigError: an empty prompt or a parameter out of range.
+        """
+        if max_new_tokens < 1:
+            raise ConfigError(f"max_new_tokens: expected at least 1, got {max_new_tokens}")
+        generator = torch.Generator()
+        generator.seed() if seed is None else generator.manual_seed(seed)
+        tokens = generate_tokens(
+            self.network,
+            self.encode(prompt),
+            max_new_tokens=max_new_tokens,
+            parameters=SamplingParameters(temperature, top_k, top_p),
+            generator=generator,
+            stop_ids=self.stop_ids,
+        )
+        pieces = self._pieces(tokens)
+        return pieces if stream else "".join(pieces)
+
+    def _pieces(self, tokens: Iterator[int]) -> Iterator[str]:
+        """Text as it becomes certain: a character may span tokens, so an incomplete one is held back."""
+        pending: list[int] = []
+        shown = 0
+        for token in tokens:
+            pending.append(token)
+            text = self.tokenizer.decode(pending, skip_special_tokens=True)
+            if text.endswith("\ufffd"):
+                continue
+            if len(text) > shown:
+                yield text[shown:]
+            shown = len(text)
+            if text.endswith("\n"):  # a safe place to forget what came before, so decoding stays linear
+                pending, shown = [], 0
+        rest = self.tokenizer.decode(pending, skip_special_tokens=True)[shown:]
+        if rest:
+            yield rest

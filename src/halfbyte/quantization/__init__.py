@@ -1,0 +1,1 @@
+"""From floating-point weights to integer codes: calibration, folding, scaling, clipping, rounding."""

@@ -1,0 +1,112 @@
+"""The AWQ scale search, scored by the Gram matrix.
+
+For one fold (a producer and the linears that consume its output) find per-channel scales s that minimise
+    Σ_linears tr(ΔW · G · ΔWᵀ),   ΔW = Q(W · diag(s)) · diag(s)⁻¹ - W,   G = E[x xᵀ].
+Candidates: identity (always), s = x^r, and with duo scaling s = x^r / w^(1-r), where x = E|x_c| per channel and w is the
+mean of |W| relative to the largest weight of its group (AutoAWQ's definition); r = 0, 1/n_grid, …, 1. Every candidate is
+centred to √(max·min) = 1. Source: Lin et al. 2023 (arXiv 2306.00978), equations 4 and 5; the Gram form is ours.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+
+from halfbyte.quantization.config import QuantConfig
+from halfbyte.quantization.folding import Fold
+from halfbyte.quantization.grid import Grid
+from halfbyte.quantization.statistics import InputStatistics
+
+# Rows scored per linear: the ranking of candidates needs a few hundred, the rest only costs time.
+SAMPLED_ROWS = 256
+
+
+@dataclass(frozen=True)
+class ScaleChoice:
+    """What the search found for one fold.
+
+    Attributes:
+        scales: float32 [channels] of the fold, all ones for the identity.
+        label: "identity", "x^0.55" or "x^0.55/w^0.45".
+        error: Σ tr(ΔW G ΔWᵀ) of the choice over the scored rows.
+        identity_error: the same without scaling.
+        tried: (label, error) of every candidate; a non-finite error means it was dropped.
+    """
+
+    scales: torch.Tensor
+    label: str
+    error: float
+    identity_error: float
+    tried: tuple[tuple[str, float], ...]
+
+
+def gram_error(delta: torch.Tensor, gram: torch.Tensor) -> torch.Tensor:
+    """tr(ΔW · G · ΔWᵀ), a scalar: ΔW [rows, in], G [in, in]."""
+    return ((delta @ gram) * delta).sum()
+
+
+def search_scales(
+    fold: Fold, weights: Sequence[torch.Tensor], statistics: InputStatistics, grid: Grid, config: QuantConfig
+) -> ScaleChoice:
+    """Try every candidate on copies; nothing is modified.
+
+    Args:
+        fold: whose channels are scaled.
+        weights: float32 [out, in] of each consumer.
+        statistics: of the consumers' shared input.
+        grid: what the scaled weights will be rounded to.
+        config: `n_grid` and `duo_scaling`.
+    """
+    rows = torch.cat([_sample_rows(weight) for weight in weights])
+    salience = fold.per_channel(statistics.mean_abs)
+    magnitude = fold.per_channel(_relative_magnitude(weights, grid))
+    identity = torch.ones_like(salience)
+
+    best_label, best_scales, best_error = "identity", identity, float("inf")
+    tried: list[tuple[str, float]] = []
+    for label, scales in _candidates(salience, magnitude, config):
+        columns = fold.per_column(scales)
+        error = float(gram_error(grid.fake_quantize(rows * columns) / columns - rows, statistics.gram))
+        tried.append((label, error))
+        if error < best_error:
+            best_label, best_scales, best_error = label, scales, error
+    return ScaleChoice(best_scales, best_label, best_error, tried[0][1], tuple(tried))
+
+
+def _candidates(
+    salience: torch.Tensor, magnitude: torch.Tensor, config: QuantConfig
+) -> Iterator[tuple[str, torch.Tensor]]:
+    """Identity first, then the families asked for. Channels without a usable statistic keep scale 1."""
+    yield "identity", torch.ones_like(salience)
+    for step in range(config.n_grid + 1):
+        r = step / config.n_grid
+        if config.duo_scaling in (False, "both") and step:
+            yield f"x^{r:.3g}", _centred(salience**r)
+        if config.duo_scaling in (True, "both") and step < config.n_grid:
+            yield f"x^{r:.3g}/w^{1 - r:.3g}", _centred(salience**r / (magnitude ** (1 - r) + 1e-4))
+
+
+def _centred(scales: torch.Tensor) -> torch.Tensor:
+    usable = torch.isfinite(scales) & (scales > 0)
+    if not usable.any():
+        return torch.ones_like(scales)
+    scales = scales.clamp(min=1e-4)
+    centre = (scales[usable].max() * scales[usable].min()).sqrt()
+    return torch.where(usable, scales / centre, torch.ones_like(scales))
+
+
+def _relative_magnitude(weights: Sequence[torch.Tensor], grid: Grid) -> torch.Tensor:
+    """Mean over output rows of |W| / max|W| of its group: [in]."""
+    total = torch.zeros(weights[0].shape[1], device=weights[0].device)
+    for weight in weights:
+        groups = grid.split(weight).abs()
+        total += (groups / (groups.amax(dim=-1, keepdim=True) + 1e-6)).reshape(weight.shape).sum(dim=0)
+    return total / sum(weight.shape[0] for weight in weights)
+
+
+def _sample_rows(weight: torch.Tensor) -> torch.Tensor:
+    """Evenly spaced rows, `SAMPLED_ROWS` at most."""
+    step = -(-weight.shape[0] // SAMPLED_ROWS)
+    return weight[::step]

@@ -1,0 +1,98 @@
+"""From a folder to a network that computes: quantized linears on their kernel, everything else as stored."""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from halfbyte.architectures.skeleton import build_skeleton, fill
+from halfbyte.checkpoints.reader import Checkpoint
+from halfbyte.device.torch_device import pick_device
+from halfbyte.errors import CheckpointError
+from halfbyte.formats import gemm
+from halfbyte.runtime.quant_linear import QuantLinear
+
+
+@dataclass(frozen=True)
+class LoadedNetwork:
+    """A transformers module ready to run.
+
+    Attributes:
+        network: in eval mode, on its device.
+        folder: where it came from.
+        quantized: whether the folder holds quantized linears.
+        kernels: kernel name → number of linears.
+    """
+
+    network: Any
+    folder: Path
+    quantized: bool
+    kernels: dict[str, int]
+
+
+def load_network(folder: Path, *, device: str = "auto", backend: str = "auto") -> LoadedNetwork:
+    """Open a model folder, quantized (AutoAWQ GEMM) or not.
+
+    Args:
+        folder: a Hugging Face folder.
+        device: "auto", "cpu", "cuda" or "cuda:N".
+        backend: kernel of the quantized linears, or "auto".
+
+    Raises:
+        CheckpointError: missing, malformed or contradictory files.
+        UnsupportedError: another quantization method, or a backend this machine lacks.
+    """
+    checkpoint = Checkpoint.open(folder)
+    target = pick_device(device)
+    layout = gemm.read_quantization_config(checkpoint.config)
+    network = build_skeleton(str(folder), _stored_dtype(checkpoint))
+    kernels: Counter[str] = Counter()
+    if layout is not None:
+        kernels = _place_quantized(network, checkpoint, layout, backend, target)
+    fill(network, "", checkpoint)
+    network.tie_weights()
+    return LoadedNetwork(network.to(target), folder, layout is not None, dict(kernels))
+
+
+def _place_quantized(
+    network: Any, checkpoint: Checkpoint, layout: gemm.GemmConfig, backend: str, device: torch.device
+) -> Counter[str]:
+    """Swap in a `QuantLinear` wherever the file holds packed codes."""
+    kernels: Counter[str] = Counter()
+    for name in [n.removesuffix(".qweight") for n in checkpoint.names() if n.endswith(".qweight")]:
+        try:
+            linear = network.get_submodule(name)
+        except AttributeError:
+            raise CheckpointError(
+                f"tensor {name}.qweight: the model in config.json has no module {name}"
+            ) from None
+        keys = ("qweight", "qzeros", "scales", "bias")
+        packed = {key: checkpoint.read(f"{name}.{key}") for key in keys if f"{name}.{key}" in checkpoint}
+        tensor = gemm.unpack(packed, bits=layout.bits, group_size=layout.group_size, name=name)
+        if (tensor.out_features, tensor.in_features) != (linear.out_features, linear.in_features):
+            raise CheckpointError(
+                f"tensor {name}.qweight: expected a [{linear.out_features}, {linear.in_features}] linear from "
+                f"config.json, found [{tensor.out_features}, {tensor.in_features}]"
+            )
+        module = QuantLinear.from_quantized(tensor, backend=backend, device=device)
+        network.set_submodule(name, module)
+        kernels[module.kernel_name] += 1
+    if not kernels:
+        raise CheckpointError(
+            f"{checkpoint.folder}: config.json announces quantized linears, the files hold none"
+        )
+    return kernels
+
+
+def _stored_dtype(checkpoint: Checkpoint) -> torch.dtype:
+    """The floating dtype most bytes outside the packed tensors are stored in."""
+    sizes: Counter[torch.dtype] = Counter()
+    for name in checkpoint.names():
+        info = checkpoint.info(name)
+        if info.dtype.is_floating_point and not name.endswith(".scales"):
+            sizes[info.dtype] += info.nbytes
+    return sizes.most_common(1)[0][0] if sizes else torch.float32

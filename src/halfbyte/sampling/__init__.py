@@ -1,0 +1,1 @@
+"""From logits to a token: temperature, top-k, top-p."""
