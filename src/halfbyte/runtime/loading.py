@@ -72,7 +72,7 @@ def _place_quantized(
             ) from None
         keys = ("qweight", "qzeros", "scales", "bias")
         packed = {key: checkpoint.read(f"{name}.{key}") for key in keys if f"{name}.{key}" in checkpoint}
-        tensor = gemm.unpack(packed, bits=layout.bits, group_size=layout.group_size, name=name)
+        tensor = gemm.unpack(packed, group_size=layout.group_size, name=name)
         if (tensor.out_features, tensor.in_features) != (linear.out_features, linear.in_features):
             raise CheckpointError(
                 f"tensor {name}.qweight: expected a [{linear.out_features}, {linear.in_features}] linear from "

@@ -1,0 +1,1 @@
+"""Checkpoints on disk: lazy reading, atomic writing, and finding the model a user named."""

@@ -1,0 +1,193 @@
+"""AutoAWQ's GEMM layout (`quant_method: awq`, `version: gemm`).
+
+For a linear with weight [N, K] (N outputs, K inputs) and group size G:
+
+    qweight  int32 [K, N/8]     nibble i of word [k, c]  =  code of output 8c + ORDER[i], input k
+    qzeros   int32 [K/G, N/8]   the zero points, packed the same way
+    scales   fp16  [K/G, N]     plain
+    bias     fp16  [N]          plain, if the linear has one
+
+    ORDER = 0 2 4 6 1 3 5 7: outputs 0…7 holding the codes 0…7 make the word 0x75316420.
+
+    W[n, k] = scales[k // G, n] · (code[n, k] - zero[k // G, n])
+
+A symmetric weight is stored with all zero points 8 and `zero_point: true`, which every loader understands.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from halfbyte.errors import CheckpointError, UnsupportedError
+from halfbyte.formats.bits import pack_nibbles, unpack_nibbles
+from halfbyte.tensor import QuantizedTensor
+
+ORDER = (0, 2, 4, 6, 1, 3, 5, 7)
+BITS = 4
+
+
+@dataclass(frozen=True)
+class GemmConfig:
+    """What config.json says of a checkpoint in this layout.
+
+    Attributes:
+        bits: always 4.
+        group_size: input channels that share a scale; -1 for whole rows.
+        modules_to_not_convert: parts of names of linears left in 16 bit.
+    """
+
+    bits: int
+    group_size: int
+    modules_to_not_convert: tuple[str, ...]
+
+
+def check(out_features: int, in_features: int, group_size: int, bits: int, name: str) -> None:
+    """Whether the layout can hold a linear.
+
+    Raises:
+        UnsupportedError: it cannot; names the linear and the reason.
+    """
+    if bits != BITS:
+        raise UnsupportedError(f"{name}: the AWQ GEMM layout holds {BITS}-bit codes, not {bits}-bit ones")
+    if out_features % 8:
+        raise UnsupportedError(
+            f"{name}: has {out_features} outputs; the AWQ GEMM layout packs eight to a word, so their number must be "
+            f"a multiple of 8; add it to modules_to_not_convert"
+        )
+    if group_size != -1 and in_features % group_size:
+        raise UnsupportedError(
+            f"{name}: the AWQ GEMM layout needs {in_features} inputs to be whole groups of {group_size}"
+        )
+
+
+def pack(tensor: QuantizedTensor, name: str = "tensor") -> dict[str, torch.Tensor]:
+    """The tensors to store under the linear's name.
+
+    Args:
+        tensor: 4 bits, integer zero points, whole groups, scales that fp16 holds exactly.
+        name: for error messages.
+
+    Raises:
+        UnsupportedError: the layout cannot hold the tensor.
+    """
+    check(tensor.out_features, tensor.in_features, tensor.group_size, tensor.bits, name)
+    if tensor.zeros.is_floating_point():
+        raise UnsupportedError(f"{name}: has floating minima; the AWQ GEMM layout stores integer zero points")
+    scales = tensor.scales.T.contiguous().half()
+    if not torch.equal(scales.float(), tensor.scales.T):
+        raise UnsupportedError(
+            f"{name}: has scales that fp16 cannot hold exactly; the AWQ GEMM layout stores fp16"
+        )
+    packed = {
+        "qweight": pack_nibbles(tensor.codes.T.contiguous(), ORDER),
+        "qzeros": pack_nibbles(tensor.zeros.T.contiguous(), ORDER),
+        "scales": scales,
+    }
+    if tensor.bias is not None:
+        packed["bias"] = tensor.bias.half()
+    return packed
+
+
+def unpack(tensors: Mapping[str, torch.Tensor], *, group_size: int, name: str = "tensor") -> QuantizedTensor:
+    """The inverse of `pack`.
+
+    Args:
+        tensors: qweight, qzeros, scales and perhaps bias.
+        group_size: from the checkpoint's config; -1 for one group per row.
+        name: of the linear, for error messages.
+
+    Raises:
+        CheckpointError: a tensor is missing or has another shape or dtype than the others imply.
+    """
+    for key in ("qweight", "qzeros", "scales"):
+        if key not in tensors:
+            raise CheckpointError(
+                f"tensor {name}.{key}: missing; the AWQ GEMM layout needs qweight, qzeros and scales"
+            )
+    qweight = tensors["qweight"]
+    if qweight.ndim != 2 or qweight.dtype != torch.int32:
+        raise CheckpointError(
+            f"tensor {name}.qweight: expected int32 [in, out/8], found {_describe(qweight)}"
+        )
+    inputs, outputs = qweight.shape[0], 8 * qweight.shape[1]
+    size = inputs if group_size == -1 else group_size
+    if size < 1 or inputs % size:
+        raise CheckpointError(
+            f"tensor {name}.qweight: {inputs} inputs are not whole groups of {size} (config.json)"
+        )
+    groups = inputs // size
+    expected = {"qzeros": ((torch.int32,), (groups, outputs // 8)), "scales": (_FLOATS, (groups, outputs))}
+    if "bias" in tensors:
+        expected["bias"] = (_FLOATS, (outputs,))
+    for key, (dtypes, shape) in expected.items():
+        if tensors[key].dtype not in dtypes or tuple(tensors[key].shape) != shape:
+            raise CheckpointError(
+                f"tensor {name}.{key}: expected {list(shape)}, found {_describe(tensors[key])}"
+            )
+    if not torch.isfinite(tensors["scales"]).all():
+        raise CheckpointError(
+            f"tensor {name}.scales: holds values that are not finite; the checkpoint is damaged"
+        )
+    return QuantizedTensor(
+        codes=unpack_nibbles(qweight, ORDER).T.contiguous(),
+        scales=tensors["scales"].float().T.contiguous(),
+        zeros=unpack_nibbles(tensors["qzeros"], ORDER).T.contiguous(),
+        bits=BITS,
+        group_size=size,
+        bias=tensors.get("bias"),
+    )
+
+
+_FLOATS = (torch.float16, torch.bfloat16, torch.float32)
+
+
+def _describe(tensor: torch.Tensor) -> str:
+    return f"{str(tensor.dtype).removeprefix('torch.')} {list(tensor.shape)}"
+
+
+def quantization_config(*, group_size: int, modules_to_not_convert: Sequence[str]) -> dict[str, Any]:
+    """The `quantization_config` of config.json."""
+    return {
+        "quant_method": "awq",
+        "version": "gemm",
+        "bits": BITS,
+        "group_size": group_size,
+        "zero_point": True,
+        "modules_to_not_convert": list(modules_to_not_convert),
+    }
+
+
+def read_quantization_config(config: Mapping[str, Any]) -> GemmConfig | None:
+    """What config.json says of its quantization; None if it is not quantized.
+
+    AutoAWQ's older spellings (w_bit, q_group_size, upper-case version) are understood.
+
+    Raises:
+        UnsupportedError: another method, version or number of bits.
+        CheckpointError: an entry of the wrong type.
+    """
+    section = config.get("quantization_config")
+    if section is None:
+        return None
+    if not isinstance(section, Mapping):
+        raise CheckpointError("config.json: quantization_config: expected an object")
+    method, version = section.get("quant_method"), section.get("version", "gemm")
+    if method != "awq" or str(version).lower() != "gemm":
+        raise UnsupportedError(
+            f"config.json: quantization method {method!r}, version {version!r}: this version of halfbyte reads "
+            f"'awq' checkpoints in the 'gemm' layout"
+        )
+    bits = section.get("bits", section.get("w_bit", BITS))
+    group_size = section.get("group_size", section.get("q_group_size", 128))
+    skipped = section.get("modules_to_not_convert") or []
+    if bits != BITS:
+        raise UnsupportedError(f"config.json: bits {bits!r}: the AWQ GEMM layout holds {BITS}-bit codes")
+    if type(group_size) is not int or group_size < -1 or group_size == 0:
+        raise CheckpointError(f"config.json: group_size {group_size!r}: expected -1 or a positive number")
+    if not isinstance(skipped, list) or not all(isinstance(item, str) for item in skipped):
+        raise CheckpointError("config.json: modules_to_not_convert: expected a list of strings")
+    return GemmConfig(bits, group_size, tuple(skipped))
