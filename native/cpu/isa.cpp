@@ -1,0 +1,34 @@
+#include "isa.hpp"
+
+namespace halfbyte {
+
+namespace {
+
+#if defined(HALFBYTE_X86_TIERS)
+// __builtin_cpu_supports asks CPUID and, through XGETBV, whether the operating system saves the wide registers.
+bool has_avx2() {
+    return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
+}
+
+bool has_avx512_vnni() {
+    return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") &&
+           __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512vnni");
+}
+#endif
+
+}  // namespace
+
+std::vector<const Tier*> available_tiers() {
+    std::vector<const Tier*> tiers;
+#if defined(HALFBYTE_X86_TIERS)
+    __builtin_cpu_init();
+    if (has_avx512_vnni()) tiers.push_back(avx512_vnni_tier());
+    if (has_avx2()) tiers.push_back(avx2_tier());
+#endif
+    tiers.push_back(portable_tier());
+    return tiers;
+}
+
+std::vector<std::string> known_tiers() { return {"avx512_vnni", "avx2", "portable"}; }
+
+}  // namespace halfbyte

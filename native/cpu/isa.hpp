@@ -1,0 +1,17 @@
+// Which tiers this CPU, its operating system and this build have between them.
+#pragma once
+
+#include <string>
+#include <vector>
+
+#include "w4.hpp"
+
+namespace halfbyte {
+
+// Fastest first; `portable` is always last.
+std::vector<const Tier*> available_tiers();
+
+// Every tier this build knows by name, whether or not the CPU has it.
+std::vector<std::string> known_tiers();
+
+}  // namespace halfbyte

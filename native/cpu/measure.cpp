@@ -1,0 +1,58 @@
+#include "measure.hpp"
+
+#include <algorithm>
+#include <atomic>
+#include <chrono>
+#include <vector>
+
+#include "thread_pool.hpp"
+
+namespace halfbyte {
+
+namespace {
+
+double seconds_of(const std::function<void()>& fn) {
+    const auto start = std::chrono::steady_clock::now();
+    fn();
+    return std::chrono::duration<double>(std::chrono::steady_clock::now() - start).count();
+}
+
+}  // namespace
+
+double measure_read_bandwidth(const Tier& tier, std::size_t nbytes, int repeats) {
+    constexpr std::size_t CHUNK = 64 * 1024;
+    const auto chunks = static_cast<int>(std::max<std::size_t>(1, nbytes / CHUNK));
+    const std::vector<float> buffer(chunks * CHUNK / sizeof(float), 1.0f);
+    std::atomic<int> sink{0};
+    double best = 1e30;
+    for (int i = 0; i <= repeats; ++i) {
+        const double seconds = seconds_of([&] {
+            ThreadPool::instance().run(chunks, [&](int chunk) {
+                if (tier.read(buffer.data() + chunk * (CHUNK / sizeof(float)), CHUNK) < 0.0f) sink.fetch_add(1);
+            });
+        });
+        if (i > 0) best = std::min(best, seconds);  // the first pass only warms the caches
+    }
+    return static_cast<double>(buffer.size() * sizeof(float)) / best;
+}
+
+double measure_peak_flops(const Tier& tier) {
+    constexpr std::int64_t STEPS = 2'000'000;
+    const int threads = ThreadPool::instance().threads();
+    std::vector<float> sinks(static_cast<std::size_t>(threads) * 16);
+    double flops = 0.0;
+    double best = 0.0;
+    for (int i = 0; i < 3; ++i) {
+        std::atomic<std::int64_t> total{0};
+        const double seconds = seconds_of([&] {
+            ThreadPool::instance().run(threads, [&](int chunk) {
+                total.fetch_add(static_cast<std::int64_t>(tier.fma(STEPS, &sinks[static_cast<std::size_t>(chunk) * 16])));
+            });
+        });
+        flops = static_cast<double>(total.load());
+        best = std::max(best, flops / seconds);
+    }
+    return best;
+}
+
+}  // namespace halfbyte

@@ -1,0 +1,36 @@
+// AVX2 + FMA: eight floats a register, sixteen registers.
+#include <immintrin.h>
+
+#include "w4_kernel.hpp"
+
+namespace halfbyte {
+namespace {
+
+struct Avx2 {
+    // 6 rows × 2 vectors = 12 accumulators + 2 weights + 1 broadcast: 15 of 16 registers.
+    static constexpr int WIDTH = 8, PANEL_BLOCKS = 1, TILE_ROWS = 6;
+    using F = __m256;
+    using I = __m256i;
+
+    static F load(const float* p) { return _mm256_loadu_ps(p); }
+    static void store(float* p, F f) { _mm256_storeu_ps(p, f); }
+    static F set1(float value) { return _mm256_set1_ps(value); }
+    static F add(F a, F b) { return _mm256_add_ps(a, b); }
+    static F fma(F a, F b, F c) { return _mm256_fmadd_ps(a, b, c); }
+    static I load_words(const std::uint32_t* p) { return _mm256_load_si256(reinterpret_cast<const __m256i*>(p)); }
+
+    template <int N>
+    static F code(I words) {
+        const I shifted = N == 0 ? words : _mm256_srli_epi32(words, 4 * N);
+        // The top nibble is alone after its shift.
+        return _mm256_cvtepi32_ps(N == OCTET - 1 ? shifted : _mm256_and_si256(shifted, _mm256_set1_epi32(15)));
+    }
+};
+
+constexpr Tier TIER = W4Kernel<Avx2>::tier("avx2");
+
+}  // namespace
+
+const Tier* avx2_tier() { return &TIER; }
+
+}  // namespace halfbyte

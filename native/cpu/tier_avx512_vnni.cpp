@@ -1,0 +1,42 @@
+// AVX-512 (F, BW, DQ, VL, VNNI): sixteen floats a register, thirty-two registers.
+//
+// This is the 16-bit-activation mode, so the byte dot product of VNNI is not used yet; what AVX-512 brings here is the
+// table look-up: vpermps takes its index from the low four bits of each lane, so a nibble needs no mask and no
+// conversion: shift, look up, multiply-add.
+#ifndef HALFBYTE_AVX512_INTRINSICS  // tests/native puts a scalar model of the intrinsics here
+#define HALFBYTE_AVX512_INTRINSICS <immintrin.h>
+#endif
+#include HALFBYTE_AVX512_INTRINSICS
+
+#include "w4_kernel.hpp"
+
+namespace halfbyte {
+namespace {
+
+struct Avx512 {
+    // 12 rows × 2 vectors = 24 accumulators + 2 weights + 1 broadcast: 27 of 32 registers.
+    static constexpr int WIDTH = 16, PANEL_BLOCKS = 2, TILE_ROWS = 12;
+    using F = __m512;
+    using I = __m512i;
+
+    static F load(const float* p) { return _mm512_loadu_ps(p); }
+    static void store(float* p, F f) { _mm512_storeu_ps(p, f); }
+    static F set1(float value) { return _mm512_set1_ps(value); }
+    static F add(F a, F b) { return _mm512_add_ps(a, b); }
+    static F fma(F a, F b, F c) { return _mm512_fmadd_ps(a, b, c); }
+    static I load_words(const std::uint32_t* p) { return _mm512_load_si512(p); }
+
+    template <int N>
+    static F code(I words) {
+        const F table = _mm512_setr_ps(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
+        return _mm512_permutexvar_ps(N == 0 ? words : _mm512_srli_epi32(words, 4 * N), table);
+    }
+};
+
+constexpr Tier TIER = W4Kernel<Avx512>::tier("avx512_vnni");
+
+}  // namespace
+
+const Tier* avx512_vnni_tier() { return &TIER; }
+
+}  // namespace halfbyte

@@ -1,0 +1,39 @@
+// The tier for any CPU: the compiler's own 128-bit vectors, which it lowers to whatever its target has (SSE2, NEON, scalar).
+#include "w4_kernel.hpp"
+
+namespace halfbyte {
+namespace {
+
+struct Portable {
+    // 2 rows × 4 vectors = 8 accumulators + 4 weights + 2 broadcasts: 14 of SSE2's 16 registers.
+    static constexpr int WIDTH = 4, PANEL_BLOCKS = 1, TILE_ROWS = 2;
+    typedef float F __attribute__((vector_size(16)));
+    typedef std::int32_t I __attribute__((vector_size(16)));
+
+    static F load(const float* p) {
+        F f;
+        std::memcpy(&f, p, sizeof f);
+        return f;
+    }
+    static void store(float* p, F f) { std::memcpy(p, &f, sizeof f); }
+    static F set1(float value) { return F{value, value, value, value}; }
+    static F add(F a, F b) { return a + b; }
+    static F fma(F a, F b, F c) { return a * b + c; }
+    static I load_words(const std::uint32_t* p) {
+        I words;
+        std::memcpy(&words, p, sizeof words);
+        return words;
+    }
+    template <int N>
+    static F code(I words) {
+        return __builtin_convertvector((words >> (4 * N)) & 15, F);
+    }
+};
+
+constexpr Tier TIER = W4Kernel<Portable>::tier("portable");
+
+}  // namespace
+
+const Tier* portable_tier() { return &TIER; }
+
+}  // namespace halfbyte

@@ -1,0 +1,1 @@
+"""The machine: instruction sets, cores, memory, torch devices."""

@@ -1,0 +1,137 @@
+"""What the CPU is, which of its cores are ours, and what it can do at most."""
+
+from __future__ import annotations
+
+import os
+import platform
+from dataclasses import dataclass
+from pathlib import Path
+
+from halfbyte.errors import ConfigError, UnsupportedError
+
+
+@dataclass(frozen=True)
+class CpuInfo:
+    """A snapshot.
+
+    Attributes:
+        model: as the system names it.
+        tiers: instruction-set tiers of the native core that run here, fastest first.
+        logical_cores: of the machine.
+        physical_cores: of the machine.
+        usable_cores: physical cores within this process's affinity and cgroup quota: the default thread count.
+        memory_bytes: installed.
+    """
+
+    model: str
+    tiers: tuple[str, ...]
+    logical_cores: int
+    physical_cores: int
+    usable_cores: int
+    memory_bytes: int
+
+
+def cpu_info() -> CpuInfo:
+    """Ask the system."""
+    import psutil
+
+    from halfbyte import _native
+
+    return CpuInfo(
+        model=_model_name(),
+        tiers=tuple(_native.available_tiers()),
+        logical_cores=os.cpu_count() or 1,
+        physical_cores=psutil.cpu_count(logical=False) or os.cpu_count() or 1,
+        usable_cores=usable_cores(),
+        memory_bytes=psutil.virtual_memory().total,
+    )
+
+
+def pick_tier() -> str:
+    """The instruction-set tier to use: `HALFBYTE_ISA` if set, else the fastest this CPU has.
+
+    Raises:
+        UnsupportedError: `HALFBYTE_ISA` names no tier, or one this CPU lacks.
+    """
+    from halfbyte import _native
+
+    available, forced = _native.available_tiers(), os.environ.get("HALFBYTE_ISA")
+    if not forced:
+        return available[0]
+    if forced not in _native.known_tiers():
+        raise UnsupportedError(f"HALFBYTE_ISA={forced}: no such tier; known are {', '.join(_native.known_tiers())}")
+    if forced not in available:
+        raise UnsupportedError(f"HALFBYTE_ISA={forced}: this CPU lacks it; it has {', '.join(available)}")
+    return forced
+
+
+def thread_count() -> int:
+    """`HALFBYTE_THREADS` if set, else `usable_cores`.
+
+    Raises:
+        ConfigError: `HALFBYTE_THREADS` is no positive number.
+    """
+    forced = os.environ.get("HALFBYTE_THREADS")
+    if not forced:
+        return usable_cores()
+    if not forced.isdecimal() or not 1 <= int(forced) <= 1024:
+        raise ConfigError(f"HALFBYTE_THREADS={forced}: expected a number from 1 to 1024")
+    return int(forced)
+
+
+def usable_cores() -> int:
+    """Physical cores within affinity and cgroup quota, at least 1.
+
+    Two hardware threads of a core share the units a matrix product is bound by, so they count once.
+    """
+    allowed = os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else set(range(os.cpu_count() or 1))
+    cores = {_siblings(cpu) for cpu in allowed}
+    quota = cgroup_quota(Path("/sys/fs/cgroup"))
+    return max(1, len(cores) if quota is None else min(len(cores), int(quota)))
+
+
+def _siblings(cpu: int) -> str:
+    """A name for the physical core a logical CPU belongs to."""
+    try:
+        return Path(f"/sys/devices/system/cpu/cpu{cpu}/topology/thread_siblings_list").read_text().strip()
+    except OSError:
+        return str(cpu)
+
+
+def cgroup_quota(root: Path) -> float | None:
+    """CPUs the control group at `root` may use at a time, version 2 or 1; None if unlimited."""
+    try:
+        if (root / "cpu.max").is_file():
+            quota, period = (root / "cpu.max").read_text().split()
+        else:
+            quota = (root / "cpu/cpu.cfs_quota_us").read_text().strip()
+            period = (root / "cpu/cpu.cfs_period_us").read_text().strip()
+        return None if quota in ("max", "-1") else int(quota) / int(period)
+    except (OSError, ValueError, ZeroDivisionError):
+        return None
+
+
+def _model_name() -> str:
+    try:
+        for line in Path("/proc/cpuinfo").read_text().splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    except OSError:
+        pass
+    return platform.processor() or platform.machine()
+
+
+def read_bandwidth(nbytes: int, *, repeats: int = 7) -> float:
+    """Bytes per second the threads together read from a buffer of `nbytes`, best of `repeats` passes."""
+    from halfbyte import _native
+
+    _native.set_threads(thread_count())
+    return _native.measure_read_bandwidth(nbytes, repeats, pick_tier())
+
+
+def peak_flops() -> float:
+    """float32 operations per second the threads together reach in a loop of nothing but fused multiply-adds."""
+    from halfbyte import _native
+
+    _native.set_threads(thread_count())
+    return _native.measure_peak_flops(pick_tier())

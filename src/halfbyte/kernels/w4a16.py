@@ -1,0 +1,143 @@
+"""The W4A16 linear: y [..., out] = x [..., in] · Ŵᵀ + bias, x and y in bf16, fp16 or fp32, Ŵ in integer codes.
+
+Three implementations of one contract:
+
+    native     halfbyte's own C++ (native/cpu/w4_kernel.hpp), 4 bits, CPU: codes stay packed, arithmetic in fp32
+    torch      any bits, any device: Ŵ formed anew for each call in x's dtype, then torch's matrix product
+    reference  the definition, in fp64: what the others are tested against
+"""
+
+from __future__ import annotations
+
+import torch
+
+from halfbyte.errors import UnsupportedError
+from halfbyte.kernels.registry import Kernel, PreparedLinear, Verdict, explain, pick
+from halfbyte.tensor import QuantizedTensor
+
+_NATIVE_DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
+
+
+class NativeLinear:
+    """A weight in the native core's layout. Its memory is the packed matrix alone."""
+
+    def __init__(self, weight: QuantizedTensor, device: torch.device):
+        from halfbyte import _native
+        from halfbyte.device.cpu import pick_tier, thread_count
+
+        del device  # always the CPU: the registry saw to it
+        _native.set_threads(thread_count())
+        # A single group may have any width; the kernel counts groups in octets.
+        group_size = weight.group_size if weight.groups > 1 else -(-weight.in_features // 8) * 8
+        self._matrix = _native.W4Matrix(
+            codes=weight.codes.contiguous().numpy(),
+            scales=weight.scales.contiguous().numpy(),
+            offsets=weight.offsets.contiguous().numpy(),
+            bias=None if weight.bias is None else weight.bias.float().contiguous().numpy(),
+            group_size=group_size,
+            tier=pick_tier(),
+        )
+        self._in, self._out = weight.in_features, weight.out_features
+        self.nbytes = self._matrix.nbytes
+
+    @property
+    def tier(self) -> str:
+        """The instruction-set tier it was laid out for."""
+        return self._matrix.tier
+
+    def __call__(self, x: torch.Tensor) -> torch.Tensor:
+        """See `PreparedLinear`."""
+        dtype = _NATIVE_DTYPES.get(x.dtype)
+        if dtype is None or x.device.type != "cpu" or x.shape[-1] != self._in:
+            raise UnsupportedError(
+                f"native W4A16 linear: expected a CPU tensor [..., {self._in}] in fp32, bf16 or fp16, "
+                f"got {x.dtype} {list(x.shape)} on {x.device}"
+            )
+        rows = x.numel() // self._in
+        y = torch.empty((*x.shape[:-1], self._out), dtype=x.dtype)
+        if rows:
+            flat = x.contiguous()
+            self._matrix.multiply(flat.data_ptr(), self._in, y.data_ptr(), rows, dtype)
+        return y
+
+    def dequantize(self) -> torch.Tensor:
+        """See `PreparedLinear`."""
+        out = torch.empty(self._out, self._in)
+        self._matrix.dequantize(out.numpy())
+        return out
+
+
+class TorchLinear:
+    """Codes, scales and zeros as plain tensors. Ŵ lives for one call: keeping it would undo the saving in memory."""
+
+    def __init__(self, weight: QuantizedTensor, device: torch.device):
+        bias = None if weight.bias is None else weight.bias.to(device)
+        self._weight = QuantizedTensor(
+            weight.codes.to(device), weight.scales.to(device), weight.zeros.to(device), weight.bits,
+            weight.group_size, bias,
+        )
+        parts = [self._weight.codes, self._weight.scales, self._weight.zeros, *([] if bias is None else [bias])]
+        self.nbytes = sum(part.numel() * part.element_size() for part in parts)
+
+    def __call__(self, x: torch.Tensor) -> torch.Tensor:
+        """See `PreparedLinear`."""
+        bias = None if self._weight.bias is None else self._weight.bias.to(x.dtype)
+        return torch.nn.functional.linear(x, self._weight.dequantize().to(x.dtype), bias)
+
+    def dequantize(self) -> torch.Tensor:
+        """See `PreparedLinear`."""
+        return self._weight.dequantize()
+
+
+class ReferenceLinear(TorchLinear):
+    """The definition, every step in fp64."""
+
+    def __call__(self, x: torch.Tensor) -> torch.Tensor:
+        """See `PreparedLinear`."""
+        bias = None if self._weight.bias is None else self._weight.bias.double()
+        return torch.nn.functional.linear(x.double(), self._weight.dequantize().double(), bias).to(x.dtype)
+
+
+def _native_available() -> str | None:
+    try:
+        from halfbyte import _native  # noqa: F401
+    except ImportError as error:
+        return f"the native core is not built ({error})"
+    return None
+
+
+def _always_available() -> None:
+    return None
+
+
+ANY_BITS = frozenset(range(2, 9))
+KERNELS = [
+    Kernel(
+        "native", NativeLinear, frozenset({"cpu"}), frozenset({4}), group_multiple=8, priority=100,
+        available=_native_available, summary="C++ on the CPU, codes stay packed",
+    ),
+    Kernel(
+        "torch", TorchLinear, frozenset(), ANY_BITS, group_multiple=1, priority=10,
+        available=_always_available, summary="dequantize, then torch's matrix product; any device",
+    ),
+    Kernel(
+        "reference", ReferenceLinear, frozenset(), ANY_BITS, group_multiple=1, priority=0,
+        available=_always_available, summary="the definition in fp64, for checking",
+    ),
+]  # fmt: skip
+
+
+def prepare(weight: QuantizedTensor, *, backend: str = "auto", device: torch.device) -> tuple[Kernel, PreparedLinear]:
+    """Lay a weight out for the fastest kernel that fits, or the one named.
+
+    Raises:
+        ConfigError: no kernel of that name.
+        UnsupportedError: it, or every one, refuses the weight.
+    """
+    kernel = pick(weight, device, KERNELS, backend)
+    return kernel, kernel.prepare(weight, device)
+
+
+def verdicts(weight: QuantizedTensor, device: torch.device) -> list[Verdict]:
+    """Why each kernel would, or would not, run the weight."""
+    return explain(weight, device, KERNELS)
