@@ -25,8 +25,8 @@ inline float from_bf16(std::uint16_t h) { return float_of(static_cast<std::uint3
 
 inline std::uint16_t to_bf16(float value) {
     const std::uint32_t bits = bits_of(value);
-    if ((bits & 0x7FFFFFFFu) > 0x7F800000u) return static_cast<std::uint16_t>((bits >> 16) | 0x40u);
-    return static_cast<std::uint16_t>((bits + 0x7FFFu + ((bits >> 16) & 1u)) >> 16);
+    const std::uint32_t quiet_nan = (bits >> 16) | 0x40u, rounded = (bits + 0x7FFFu + ((bits >> 16) & 1u)) >> 16;
+    return static_cast<std::uint16_t>((bits & 0x7FFFFFFFu) > 0x7F800000u ? quiet_nan : rounded);
 }
 
 inline float from_f16(std::uint16_t h) {
@@ -51,28 +51,40 @@ inline std::uint16_t to_f16(float value) {
     return static_cast<std::uint16_t>(sign | ((rounded - 0x38000000u) >> 13));
 }
 
-inline float load_as_float(const void* data, DType dtype, std::size_t index) {
+// Where element `index` lies.
+inline const void* element(const void* data, DType dtype, std::size_t index) {
+    return static_cast<const char*>(data) + index * (dtype == DType::f32 ? sizeof(float) : sizeof(std::uint16_t));
+}
+
+// `count` neighbours to float32. S::widen_f16 is the tier's own; the loop over bf16 vectorizes by itself.
+template <class S>
+inline void widen(const void* source, DType dtype, float* target, int count) {
+    const auto* halves = static_cast<const std::uint16_t*>(source);
     switch (dtype) {
-        case DType::f32: return static_cast<const float*>(data)[index];
-        case DType::bf16: return from_bf16(static_cast<const std::uint16_t*>(data)[index]);
-        default: return from_f16(static_cast<const std::uint16_t*>(data)[index]);
+        case DType::f32: std::memcpy(target, source, sizeof(float) * count); break;
+        case DType::bf16:
+            for (int i = 0; i < count; ++i) target[i] = from_bf16(halves[i]);
+            break;
+        default: S::widen_f16(halves, target, count);
     }
 }
 
-// Sixteen results of one weight block for activation row m, bias added, columns beyond the matrix dropped.
-inline void store_block(const Output& out, int m, int block, const float* values) {
-    const int begin = block * BLOCK_ROWS;
-    const int count = out.cols - begin < BLOCK_ROWS ? out.cols - begin : BLOCK_ROWS;
-    float y[BLOCK_ROWS];
-    for (int r = 0; r < count; ++r) y[r] = out.bias ? values[r] + out.bias[begin + r] : values[r];
-    const std::size_t at = static_cast<std::size_t>(m) * out.stride + begin;
-    if (out.dtype == DType::f32) {
-        std::memcpy(static_cast<float*>(out.data) + at, y, sizeof(float) * count);
-        return;
-    }
+// Results for output rows [row, row + count) of activation row m: bias added, rows beyond the matrix dropped.
+template <class S>
+inline void store_run(const Output& out, int m, int row, float* values, int count) {
+    if (out.cols - row < count) count = out.cols - row;
+    if (count <= 0) return;
+    if (out.bias != nullptr)
+        for (int r = 0; r < count; ++r) values[r] += out.bias[row + r];
+    const std::size_t at = static_cast<std::size_t>(m) * out.stride + row;
     auto* halves = static_cast<std::uint16_t*>(out.data) + at;
-    const bool bf16 = out.dtype == DType::bf16;
-    for (int r = 0; r < count; ++r) halves[r] = bf16 ? to_bf16(y[r]) : to_f16(y[r]);
+    switch (out.dtype) {
+        case DType::f32: std::memcpy(static_cast<float*>(out.data) + at, values, sizeof(float) * count); break;
+        case DType::bf16:
+            for (int r = 0; r < count; ++r) halves[r] = to_bf16(values[r]);
+            break;
+        default: S::narrow_f16(values, halves, count);
+    }
 }
 
 }  // namespace

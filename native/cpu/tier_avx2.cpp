@@ -1,14 +1,17 @@
-// AVX2 + FMA: eight floats a register, sixteen registers.
+// AVX2 + FMA + F16C: eight floats a register, sixteen registers.
 #include <immintrin.h>
 
+#include "f16c.hpp"
 #include "w4_kernel.hpp"
 
 namespace halfbyte {
 namespace {
 
-struct Avx2 {
+struct Avx2 : F16C {
     // 6 rows × 2 vectors = 12 accumulators + 2 weights + 1 broadcast: 15 of 16 registers.
     static constexpr int WIDTH = 8, PANEL_BLOCKS = 1, TILE_ROWS = 6;
+    // gemv: 8 chains, 4 rows × 1 vector, 2 × 2 or 1 × 4, each times even and odd. Eight fill two FMA units of latency 4.
+    static constexpr int GEMV_VECTORS_1 = 4, GEMV_VECTORS_2 = 2, GEMV_VECTORS_4 = 1, GEMV_BLOCKS = 2;
     using F = __m256;
     using I = __m256i;
 
@@ -16,14 +19,17 @@ struct Avx2 {
     static void store(float* p, F f) { _mm256_storeu_ps(p, f); }
     static F set1(float value) { return _mm256_set1_ps(value); }
     static F add(F a, F b) { return _mm256_add_ps(a, b); }
+    static F mul(F a, F b) { return _mm256_mul_ps(a, b); }
     static F fma(F a, F b, F c) { return _mm256_fmadd_ps(a, b, c); }
     static I load_words(const std::uint32_t* p) { return _mm256_load_si256(reinterpret_cast<const __m256i*>(p)); }
 
+    static constexpr const float (&INPUT_SCALE)[OCTET] = IN_PLACE_SCALE;
     template <int N>
     static F code(I words) {
-        const I shifted = N == 0 ? words : _mm256_srli_epi32(words, 4 * N);
-        // The top nibble is alone after its shift.
-        return _mm256_cvtepi32_ps(N == OCTET - 1 ? shifted : _mm256_and_si256(shifted, _mm256_set1_epi32(15)));
+        if constexpr (N == OCTET - 1)
+            return _mm256_cvtepi32_ps(_mm256_srli_epi32(words, 4 * N));
+        else
+            return _mm256_cvtepi32_ps(_mm256_and_si256(words, _mm256_set1_epi32(15 << (4 * N))));
     }
 };
 

@@ -8,14 +8,16 @@
 #endif
 #include HALFBYTE_AVX512_INTRINSICS
 
+#include "f16c.hpp"
 #include "w4_kernel.hpp"
 
 namespace halfbyte {
 namespace {
 
-struct Avx512 {
+struct Avx512 : F16C {
     // 12 rows × 2 vectors = 24 accumulators + 2 weights + 1 broadcast: 27 of 32 registers.
     static constexpr int WIDTH = 16, PANEL_BLOCKS = 2, TILE_ROWS = 12;
+    static constexpr int GEMV_VECTORS_1 = 4, GEMV_VECTORS_2 = 2, GEMV_VECTORS_4 = 2, GEMV_BLOCKS = 4;
     using F = __m512;
     using I = __m512i;
 
@@ -23,9 +25,11 @@ struct Avx512 {
     static void store(float* p, F f) { _mm512_storeu_ps(p, f); }
     static F set1(float value) { return _mm512_set1_ps(value); }
     static F add(F a, F b) { return _mm512_add_ps(a, b); }
+    static F mul(F a, F b) { return _mm512_mul_ps(a, b); }
     static F fma(F a, F b, F c) { return _mm512_fmadd_ps(a, b, c); }
     static I load_words(const std::uint32_t* p) { return _mm512_load_si512(p); }
 
+    static constexpr float INPUT_SCALE[OCTET] = {1, 1, 1, 1, 1, 1, 1, 1};
     template <int N>
     static F code(I words) {
         const F table = _mm512_setr_ps(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);

@@ -7,6 +7,7 @@ namespace {
 struct Portable {
     // 2 rows × 4 vectors = 8 accumulators + 4 weights + 2 broadcasts: 14 of SSE2's 16 registers.
     static constexpr int WIDTH = 4, PANEL_BLOCKS = 1, TILE_ROWS = 2;
+    static constexpr int GEMV_VECTORS_1 = 4, GEMV_VECTORS_2 = 2, GEMV_VECTORS_4 = 1, GEMV_BLOCKS = 2;
     typedef float F __attribute__((vector_size(16)));
     typedef std::int32_t I __attribute__((vector_size(16)));
 
@@ -18,15 +19,27 @@ struct Portable {
     static void store(float* p, F f) { std::memcpy(p, &f, sizeof f); }
     static F set1(float value) { return F{value, value, value, value}; }
     static F add(F a, F b) { return a + b; }
+    static F mul(F a, F b) { return a * b; }
     static F fma(F a, F b, F c) { return a * b + c; }
     static I load_words(const std::uint32_t* p) {
         I words;
         std::memcpy(&words, p, sizeof words);
         return words;
     }
+    static void widen_f16(const std::uint16_t* source, float* target, int count) {
+        for (int i = 0; i < count; ++i) target[i] = from_f16(source[i]);
+    }
+    static void narrow_f16(const float* source, std::uint16_t* target, int count) {
+        for (int i = 0; i < count; ++i) target[i] = to_f16(source[i]);
+    }
+
+    static constexpr const float (&INPUT_SCALE)[OCTET] = IN_PLACE_SCALE;
     template <int N>
     static F code(I words) {
-        return __builtin_convertvector((words >> (4 * N)) & 15, F);
+        if constexpr (N == OCTET - 1)
+            return __builtin_convertvector((words >> (4 * N)) & 15, F);
+        else
+            return __builtin_convertvector(words & (15 << (4 * N)), F);
     }
 };
 

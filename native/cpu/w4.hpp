@@ -54,8 +54,12 @@ struct Tier {
     const char* name;
     int tile_rows;     // activation rows of a tile in the packed activations of `gemm`
     int panel_blocks;  // weight blocks one unit of `gemm` works on
-    // M <= SMALL_M. x: [M][8·octets] float32, zero beyond cols; x_sums: [M][groups].
+    // One row of activations [cols] → what gemv takes of it: x [8·octets] and x_sums [groups].
+    void (*prepare_row)(const W4View&, const void* source, DType, float* x, float* x_sums);
+    // M <= SMALL_M. x: [M][8·octets]; x_sums: [M][groups].
     void (*gemv)(const W4View&, const float* x, const float* x_sums, int m, const Output&, int block_begin, int block_end);
+    // Tile number `tile` of activations [M][cols] whose rows are `stride` elements apart → what gemm takes of it.
+    void (*pack_tile)(const W4View&, const void* source, std::size_t stride, DType, int m, int tile, float* x);
     // Any M. x: tiles of [8·octets][tile_rows], zero beyond M and cols.
     void (*gemm)(const W4View&, const float* x, int m, const Output&, int panel_begin, int panel_end);
     // For the rooflines: read n bytes (a multiple of 256); run `steps` rounds of independent FMAs, returning their flops.

@@ -3,11 +3,13 @@
 // leak into another's translation unit.
 //
 // The vector type S provides: WIDTH floats in F and as many words in I; load, store, set1, fma, load_words and
-// code<n>(words), which gives nibble n of each word as a float 0..15.
+// code<n>(words), which gives nibble n of each word as a float 0..15 divided by INPUT_SCALE of its input, a power of two.
+// A tier that leaves the nibble where it stands in the word saves a shift and has INPUT_SCALE = 16^-n; scaling x is exact.
 //
 // gemv (M <= 16). Codes meet activations as small integers and the affine part is applied once a group:
 //     acc += scale · Σ_g x·code + offset · Σ_g x.
-// Per 8 inputs × 16 rows: one 64-byte line, 8 × (shift, mask, convert) shared by all rows of the tile, 8 FMAs a row.
+// Per 8 inputs × 16 rows: one 64-byte line; for each nibble two operations (avx2: mask, convert; avx512: shift, look up)
+// shared by all rows of the tile, and one FMA a row.
 // Range: |Σ_g x·code| <= 15·G·max|x|, so float32 cannot overflow for |x| < 2^118 at G = 32; each group sum carries at
 // most G roundings of 2^-24 relative to Σ|x|·15, and the cancellation against offset·Σx costs at most the factor
 // (code range / |W| range) ≈ 2: error ≲ G · 2^-23, three decimal digits below bf16's own rounding of x.
@@ -25,6 +27,10 @@
 namespace halfbyte {
 namespace {
 
+// What to scale input 8j + i by where a tier takes nibble n of a word in place, as code · 16^n. Nibble 7 is the exception:
+// in place it would be the sign, so it is shifted down.
+constexpr float IN_PLACE_SCALE[OCTET] = {1, 0x1p-8f, 0x1p-16f, 0x1p-24f, 0x1p-4f, 0x1p-12f, 0x1p-20f, 1};
+
 template <class S>
 struct W4Kernel {
     static constexpr int VECTORS = BLOCK_ROWS / S::WIDTH;  // vectors in a weight block
@@ -40,77 +46,110 @@ struct W4Kernel {
 
     // ---- gemv ---------------------------------------------------------------------------------------------------
 
-    // Nibble N of M activation rows × B weight blocks, then the next one.
-    template <int M, int B, int N = 0>
-    static inline void nibbles(const I (&words)[B][VECTORS], const float* x, std::size_t x_stride,
-                               F (&acc)[M][B][VECTORS]) {
+    // What one vector of output rows reads: its lanes of every line, scale and offset of a block.
+    struct Lanes {
+        const std::uint32_t* words;
+        const float* scales;
+        const float* offsets;
+    };
+
+    static inline Lanes lanes_of(const W4View& w, int vector) {
+        const std::size_t block = vector / VECTORS;
+        const int lane = vector % VECTORS * S::WIDTH;
+        const std::size_t at = block * w.groups * BLOCK_ROWS + lane;
+        return {w.words + block * w.octets * BLOCK_ROWS + lane, w.scales + at, w.offsets + at};
+    }
+
+    // Nibble N of V vectors of words, times its input in M activation rows; then the next nibble into the other chain.
+    template <int M, int V, int N = 0>
+    static inline void nibbles(const I (&words)[V], const float* x, std::size_t x_stride, F (&acc)[2][M][V]) {
         if constexpr (N < OCTET) {
-            for (int b = 0; b < B; ++b)
-                for (int v = 0; v < VECTORS; ++v) {
-                    const F code = S::template code<N>(words[b][v]);
-                    for (int m = 0; m < M; ++m)
-                        acc[m][b][v] = S::fma(S::set1(x[m * x_stride + NIBBLE_INPUT[N]]), code, acc[m][b][v]);
-                }
-            nibbles<M, B, N + 1>(words, x, x_stride, acc);
+            F code[V];
+            for (int v = 0; v < V; ++v) code[v] = S::template code<N>(words[v]);
+            for (int m = 0; m < M; ++m) {
+                const F value = S::set1(x[m * x_stride + NIBBLE_INPUT[N]]);
+                for (int v = 0; v < V; ++v) acc[N % 2][m][v] = S::fma(value, code[v], acc[N % 2][m][v]);
+            }
+            nibbles<M, V, N + 1>(words, x, x_stride, acc);
         }
     }
 
-    // M activation rows from row m0 on × B neighbouring weight blocks.
-    template <int M, int B>
-    static void gemv_tile(const W4View& w, const float* x, const float* x_sums, int m0, const Output& out, int block) {
+    // M activation rows from row m0 on × V neighbouring vectors of output rows, into values [M][V · WIDTH].
+    template <int M, int V>
+    static void gemv_tile(const W4View& w, const float* x, const float* x_sums, int m0, int vector, float* values) {
         const std::size_t x_stride = static_cast<std::size_t>(w.octets) * OCTET;
-        const std::size_t line_stride = static_cast<std::size_t>(w.octets) * BLOCK_ROWS;
-        const std::uint32_t* words = w.words + block * line_stride;
         x += m0 * x_stride;
         x_sums += static_cast<std::size_t>(m0) * w.groups;
-        F total[M][B][VECTORS];
+        Lanes lanes[V];
+        F total[M][V];
+        for (int v = 0; v < V; ++v) lanes[v] = lanes_of(w, vector + v);
         for (int m = 0; m < M; ++m)
-            for (int b = 0; b < B; ++b)
-                for (int v = 0; v < VECTORS; ++v) total[m][b][v] = S::set1(0.0f);
+            for (int v = 0; v < V; ++v) total[m][v] = S::set1(0.0f);
 
         int octet = 0;
         for (int g = 0; g < w.groups; ++g) {
             const int end = octet + w.group_octets < w.octets ? octet + w.group_octets : w.octets;
-            F acc[M][B][VECTORS];
+            F acc[2][M][V];
             for (int m = 0; m < M; ++m)
-                for (int b = 0; b < B; ++b)
-                    for (int v = 0; v < VECTORS; ++v) acc[m][b][v] = S::set1(0.0f);
+                for (int v = 0; v < V; ++v) acc[0][m][v] = acc[1][m][v] = S::set1(0.0f);
             for (; octet < end; ++octet) {
-                I line[B][VECTORS];
-                for (int b = 0; b < B; ++b)
-                    for (int v = 0; v < VECTORS; ++v)
-                        line[b][v] = S::load_words(words + b * line_stride + octet * BLOCK_ROWS + v * S::WIDTH);
-                nibbles<M, B>(line, x + octet * OCTET, x_stride, acc);
+                I words[V];
+                for (int v = 0; v < V; ++v) words[v] = S::load_words(lanes[v].words + octet * BLOCK_ROWS);
+                nibbles<M, V>(words, x + octet * OCTET, x_stride, acc);
             }
-            for (int b = 0; b < B; ++b)
-                for (int v = 0; v < VECTORS; ++v) {
-                    const std::size_t at = (static_cast<std::size_t>(block + b) * w.groups + g) * BLOCK_ROWS + v * S::WIDTH;
-                    const F scale = S::load(w.scales + at), offset = S::load(w.offsets + at);
-                    for (int m = 0; m < M; ++m) {
-                        const F affine = S::fma(offset, S::set1(x_sums[m * w.groups + g]), total[m][b][v]);
-                        total[m][b][v] = S::fma(scale, acc[m][b][v], affine);
-                    }
+            for (int v = 0; v < V; ++v) {
+                const F scale = S::load(lanes[v].scales + g * BLOCK_ROWS);
+                const F offset = S::load(lanes[v].offsets + g * BLOCK_ROWS);
+                for (int m = 0; m < M; ++m) {
+                    const F affine = S::fma(offset, S::set1(x_sums[m * w.groups + g]), total[m][v]);
+                    total[m][v] = S::fma(scale, S::add(acc[0][m][v], acc[1][m][v]), affine);
                 }
+            }
         }
         for (int m = 0; m < M; ++m)
-            for (int b = 0; b < B; ++b) {
-                float values[BLOCK_ROWS];
-                for (int v = 0; v < VECTORS; ++v) S::store(values + v * S::WIDTH, total[m][b][v]);
-                store_block(out, m0 + m, block + b, values);
-            }
+            for (int v = 0; v < V; ++v) S::store(values + (m * V + v) * S::WIDTH, total[m][v]);
     }
 
+    // M activation rows × vectors [vector, end): V at a time, the rest one at a time.
+    template <int M, int V>
+    static void gemv_rows(const W4View& w, const float* x, const float* x_sums, int m0, const Output& out, int vector,
+                          int end) {
+        for (; vector + V <= end; vector += V) {
+            alignas(64) float values[M * V * S::WIDTH];
+            gemv_tile<M, V>(w, x, x_sums, m0, vector, values);
+            for (int m = 0; m < M; ++m)
+                store_run<S>(out, m0 + m, vector * S::WIDTH, values + m * V * S::WIDTH, V * S::WIDTH);
+        }
+        if constexpr (V > 1) gemv_rows<M, 1>(w, x, x_sums, m0, out, vector, end);
+    }
+
+    // M · V independent pairs of chains hide the latency of the FMA and still fit the registers.
     static void gemv(const W4View& w, const float* x, const float* x_sums, int m, const Output& out, int begin, int end) {
-        int row = 0;
-        for (; row + 4 <= m; row += 4)
-            for (int b = begin; b < end; ++b) gemv_tile<4, 1>(w, x, x_sums, row, out, b);
-        for (; row + 2 <= m; row += 2)
-            for (int b = begin; b < end; ++b) gemv_tile<2, 1>(w, x, x_sums, row, out, b);
-        if (row < m) {
-            // Two blocks at a time: a single row has too few independent sums to hide the latency of the FMA.
-            int b = begin;
-            for (; b + 2 <= end; b += 2) gemv_tile<1, 2>(w, x, x_sums, row, out, b);
-            if (b < end) gemv_tile<1, 1>(w, x, x_sums, row, out, b);
+        // A few blocks stay in L1 while all activation rows pass over them.
+        for (int block = begin; block < end; block += S::GEMV_BLOCKS) {
+            const int vector = block * VECTORS;
+            const int vector_end = (block + S::GEMV_BLOCKS < end ? block + S::GEMV_BLOCKS : end) * VECTORS;
+            int row = 0;
+            for (; row + 4 <= m; row += 4) gemv_rows<4, S::GEMV_VECTORS_4>(w, x, x_sums, row, out, vector, vector_end);
+            if (m - row == 3) gemv_rows<3, S::GEMV_VECTORS_4>(w, x, x_sums, row, out, vector, vector_end);
+            if (m - row == 2) gemv_rows<2, S::GEMV_VECTORS_2>(w, x, x_sums, row, out, vector, vector_end);
+            if (m - row == 1) gemv_rows<1, S::GEMV_VECTORS_1>(w, x, x_sums, row, out, vector, vector_end);
+        }
+    }
+
+    // One activation row as `gemv` wants it: float32, zero beyond the matrix, scaled, with the sums of its groups.
+    static void prepare_row(const W4View& w, const void* source, DType dtype, float* x, float* x_sums) {
+        widen<S>(source, dtype, x, w.cols);
+        for (int k = w.cols; k < w.octets * OCTET; ++k) x[k] = 0.0f;
+        for (int g = 0, octet = 0; g < w.groups; ++g) {
+            const int end = octet + w.group_octets < w.octets ? octet + w.group_octets : w.octets;
+            float part[OCTET] = {};
+            for (; octet < end; ++octet)
+                for (int i = 0; i < OCTET; ++i) {
+                    part[i] += x[octet * OCTET + i];
+                    x[octet * OCTET + i] *= S::INPUT_SCALE[i];
+                }
+            x_sums[g] = ((part[0] + part[4]) + (part[2] + part[6])) + ((part[1] + part[5]) + (part[3] + part[7]));
         }
     }
 
@@ -119,7 +158,8 @@ struct W4Kernel {
     template <int N = 0>
     static inline void dequantize_nibbles(I words, F scale, F offset, float* panel) {
         if constexpr (N < OCTET) {
-            S::store(panel + NIBBLE_INPUT[N] * PANEL_ROWS, S::fma(scale, S::template code<N>(words), offset));
+            const F unit = S::mul(scale, S::set1(S::INPUT_SCALE[NIBBLE_INPUT[N]]));
+            S::store(panel + NIBBLE_INPUT[N] * PANEL_ROWS, S::fma(unit, S::template code<N>(words), offset));
             dequantize_nibbles<N + 1>(words, scale, offset, panel);
         }
     }
@@ -160,6 +200,25 @@ struct W4Kernel {
             for (int v = 0; v < PANEL_VECTORS; ++v) S::store(sums + m * PANEL_ROWS + v * S::WIDTH, acc[m][v]);
     }
 
+    // Tile `tile` of the activations as `gemm` wants them: [inputs][TILE_ROWS], zero beyond M and the matrix.
+    static void pack_tile(const W4View& w, const void* source, std::size_t stride, DType dtype, int m, int tile,
+                          float* target) {
+        constexpr int CHUNK = 64;
+        const int rows = m - tile * TILE_ROWS < TILE_ROWS ? m - tile * TILE_ROWS : TILE_ROWS;
+        const int inputs = w.octets * OCTET;
+        alignas(64) float row[TILE_ROWS][CHUNK] = {};
+        for (int k = 0; k < inputs; k += CHUNK) {
+            const int count = w.cols - k < CHUNK ? w.cols - k : CHUNK, padded = inputs - k < CHUNK ? inputs - k : CHUNK;
+            for (int r = 0; r < rows; ++r) {
+                const std::size_t at = (static_cast<std::size_t>(tile) * TILE_ROWS + r) * stride + k;
+                widen<S>(element(source, dtype, at), dtype, row[r], count);
+                for (int i = count; i < padded; ++i) row[r][i] = 0.0f;
+            }
+            for (int i = 0; i < padded; ++i)
+                for (int r = 0; r < TILE_ROWS; ++r) target[static_cast<std::size_t>(k + i) * TILE_ROWS + r] = row[r][i];
+        }
+    }
+
     static void gemm(const W4View& w, const float* x, int m, const Output& out, int panel_begin, int panel_end) {
         constexpr int STRIP_TILES = (STRIP_ROWS + TILE_ROWS - 1) / TILE_ROWS;
         alignas(64) float panel[PANEL_OCTETS * OCTET * PANEL_ROWS];
@@ -182,8 +241,7 @@ struct W4Kernel {
                 }
                 const int first = strip * TILE_ROWS;
                 for (int r = 0; r < count * TILE_ROWS && first + r < m; ++r)
-                    for (int b = 0; b < blocks; ++b)
-                        store_block(out, first + r, block + b, sums + r * PANEL_ROWS + b * BLOCK_ROWS);
+                    store_run<S>(out, first + r, block * BLOCK_ROWS, sums + r * PANEL_ROWS, blocks * BLOCK_ROWS);
             }
         }
     }
@@ -220,7 +278,9 @@ struct W4Kernel {
         return 2.0 * CHAINS * S::WIDTH * static_cast<double>(steps);
     }
 
-    static constexpr Tier tier(const char* name) { return {name, TILE_ROWS, PANEL_BLOCKS, gemv, gemm, read, fma}; }
+    static constexpr Tier tier(const char* name) {
+        return {name, TILE_ROWS, PANEL_BLOCKS, prepare_row, gemv, pack_tile, gemm, read, fma};
+    ; }
 };
 
 }  // namespace

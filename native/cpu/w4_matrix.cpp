@@ -122,19 +122,13 @@ void W4Matrix::multiply(const void* x, std::size_t x_stride, void* y, int m, DTy
 }
 
 void W4Matrix::multiply_small(const void* x, std::size_t x_stride, int m, DType dtype, const Output& out) const {
-    const int inputs = view_.octets * OCTET, group = view_.group_octets * OCTET;
+    const int inputs = view_.octets * OCTET;
     float* rows = scratch(static_cast<std::size_t>(m) * (inputs + view_.groups));
     float* sums = rows + static_cast<std::size_t>(m) * inputs;
-    for (int row = 0; row < m; ++row) {
-        float* target = rows + static_cast<std::size_t>(row) * inputs;
-        for (int k = 0; k < view_.cols; ++k) target[k] = load_as_float(x, dtype, row * x_stride + k);
-        std::fill(target + view_.cols, target + inputs, 0.0f);
-        for (int g = 0; g < view_.groups; ++g) {
-            float sum = 0.0f;
-            for (int k = g * group; k < std::min(inputs, (g + 1) * group); ++k) sum += target[k];
-            sums[static_cast<std::size_t>(row) * view_.groups + g] = sum;
-        }
-    }
+    for (int row = 0; row < m; ++row)
+        tier_.prepare_row(view_, element(x, dtype, row * x_stride), dtype,
+                          rows + static_cast<std::size_t>(row) * inputs,
+                          sums + static_cast<std::size_t>(row) * view_.groups);
     const std::size_t work = static_cast<std::size_t>(view_.rows) * view_.cols * m;
     parallel(view_.blocks, work, [&](int begin, int end) { tier_.gemv(view_, rows, sums, m, out, begin, end); });
 }
@@ -144,14 +138,8 @@ void W4Matrix::multiply_large(const void* x, std::size_t x_stride, int m, DType 
     const int tiles = (m + tile - 1) / tile;
     float* packed = scratch(static_cast<std::size_t>(tiles) * tile * inputs);
     parallel(tiles, static_cast<std::size_t>(m) * inputs * 4, [&](int begin, int end) {
-        for (int t = begin; t < end; ++t) {
-            float* target = packed + static_cast<std::size_t>(t) * tile * inputs;
-            std::fill(target, target + static_cast<std::size_t>(tile) * inputs, 0.0f);
-            for (int r = 0; r < tile && t * tile + r < m; ++r)
-                for (int k = 0; k < view_.cols; ++k)
-                    target[static_cast<std::size_t>(k) * tile + r] =
-                        load_as_float(x, dtype, static_cast<std::size_t>(t * tile + r) * x_stride + k);
-        }
+        for (int t = begin; t < end; ++t)
+            tier_.pack_tile(view_, x, x_stride, dtype, m, t, packed + static_cast<std::size_t>(t) * tile * inputs);
     });
     const int panels = (view_.blocks + tier_.panel_blocks - 1) / tier_.panel_blocks;
     const std::size_t work = static_cast<std::size_t>(view_.rows) * view_.cols * m;
