@@ -59,7 +59,9 @@ def pick_tier() -> str:
     if not forced:
         return available[0]
     if forced not in _native.known_tiers():
-        raise UnsupportedError(f"HALFBYTE_ISA={forced}: no such tier; known are {', '.join(_native.known_tiers())}")
+        raise UnsupportedError(
+            f"HALFBYTE_ISA={forced}: no such tier; known are {', '.join(_native.known_tiers())}"
+        )
     if forced not in available:
         raise UnsupportedError(f"HALFBYTE_ISA={forced}: this CPU lacks it; it has {', '.join(available)}")
     return forced
@@ -111,14 +113,25 @@ def cgroup_quota(root: Path) -> float | None:
         return None
 
 
+def has_bf16_arithmetic() -> bool:
+    """Whether the CPU multiplies bf16 numbers itself (AVX512-BF16, AMX-BF16, or Arm's BF16 extension)."""
+    flags = set(_cpuinfo("flags", "Features").split())
+    return bool(flags & {"avx512_bf16", "amx_bf16", "bf16"})
+
+
 def _model_name() -> str:
+    return _cpuinfo("model name") or platform.processor() or platform.machine()
+
+
+def _cpuinfo(*keys: str) -> str:
+    """The first value of any of the keys in /proc/cpuinfo; empty where there is none."""
     try:
-        for line in Path("/proc/cpuinfo").read_text().splitlines():
-            if line.startswith("model name"):
-                return line.partition(":")[2].strip()
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
     except OSError:
-        pass
-    return platform.processor() or platform.machine()
+        return ""
+    return next(
+        (line.partition(":")[2].strip() for line in lines if line.partition(":")[0].strip() in keys), ""
+    )
 
 
 def read_bandwidth(nbytes: int, *, repeats: int = 7) -> float:

@@ -14,6 +14,7 @@ from halfbyte.checkpoints.reader import Checkpoint
 from halfbyte.device.torch_device import pick_device
 from halfbyte.errors import CheckpointError
 from halfbyte.formats import gemm
+from halfbyte.runtime.compute_dtype import choose_compute_dtype
 from halfbyte.runtime.quant_linear import QuantLinear
 
 
@@ -55,7 +56,10 @@ def load_network(folder: Path, *, device: str = "auto", backend: str = "auto") -
         kernels = _place_quantized(network, checkpoint, layout, backend, target)
     fill(network, "", checkpoint)
     network.tie_weights()
-    return LoadedNetwork(network.to(target), folder, layout is not None, dict(kernels))
+    network.to(target)
+    if layout is not None:
+        choose_compute_dtype(network, target)
+    return LoadedNetwork(network, folder, layout is not None, dict(kernels))
 
 
 def _place_quantized(
