@@ -10,8 +10,8 @@ namespace {
 struct Avx2 : F16C {
     // 6 rows × 2 vectors = 12 accumulators + 2 weights + 1 broadcast: 15 of 16 registers.
     static constexpr int WIDTH = 8, PANEL_BLOCKS = 1, TILE_ROWS = 6;
-    // gemv: 8 chains, 4 rows × 1 vector, 2 × 2 or 1 × 4, each times even and odd. Eight fill two FMA units of latency 4.
-    static constexpr int GEMV_VECTORS_1 = 4, GEMV_VECTORS_2 = 2, GEMV_VECTORS_4 = 1, GEMV_BLOCKS = 2;
+    // gemv: 6 to 8 accumulators, and a code and a broadcast beside them; 1 × 8 and 4 × 3 spill.
+    static constexpr int GEMV_VECTORS_1 = 6, GEMV_VECTORS_2 = 4, GEMV_VECTORS_4 = 2, GEMV_BLOCKS = 6;
     using F = __m256;
     using I = __m256i;
 

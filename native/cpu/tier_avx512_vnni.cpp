@@ -17,7 +17,8 @@ namespace {
 struct Avx512 : F16C {
     // 12 rows × 2 vectors = 24 accumulators + 2 weights + 1 broadcast: 27 of 32 registers.
     static constexpr int WIDTH = 16, PANEL_BLOCKS = 2, TILE_ROWS = 12;
-    static constexpr int GEMV_VECTORS_1 = 4, GEMV_VECTORS_2 = 2, GEMV_VECTORS_4 = 2, GEMV_BLOCKS = 4;
+    // gemv: 4 to 8 accumulators: shift, look-up and FMA share two ports, 6 cycles for four of each, the latency of one FMA.
+    static constexpr int GEMV_VECTORS_1 = 4, GEMV_VECTORS_2 = 4, GEMV_VECTORS_4 = 2, GEMV_BLOCKS = 4;
     using F = __m512;
     using I = __m512i;
 

@@ -7,7 +7,7 @@ namespace {
 struct Portable {
     // 2 rows × 4 vectors = 8 accumulators + 4 weights + 2 broadcasts: 14 of SSE2's 16 registers.
     static constexpr int WIDTH = 4, PANEL_BLOCKS = 1, TILE_ROWS = 2;
-    static constexpr int GEMV_VECTORS_1 = 4, GEMV_VECTORS_2 = 2, GEMV_VECTORS_4 = 1, GEMV_BLOCKS = 2;
+    static constexpr int GEMV_VECTORS_1 = 6, GEMV_VECTORS_2 = 4, GEMV_VECTORS_4 = 2, GEMV_BLOCKS = 3;
     typedef float F __attribute__((vector_size(16)));
     typedef std::int32_t I __attribute__((vector_size(16)));
 

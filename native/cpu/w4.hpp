@@ -24,6 +24,8 @@ constexpr int OCTET = 8;
 constexpr int NIBBLE_INPUT[OCTET] = {0, 4, 1, 5, 2, 6, 3, 7};
 // Calls with at most this many activation rows use the kernel whose rows do not influence each other's bits.
 constexpr int SMALL_M = 16;
+// Their activation rows are taken this many at a time, then what is left.
+constexpr int GEMV_TILE = 4;
 
 enum class DType : int { f32 = 0, bf16 = 1, f16 = 2 };
 
@@ -54,9 +56,10 @@ struct Tier {
     const char* name;
     int tile_rows;     // activation rows of a tile in the packed activations of `gemm`
     int panel_blocks;  // weight blocks one unit of `gemm` works on
-    // One row of activations [cols] → what gemv takes of it: x [8·octets] and x_sums [groups].
-    void (*prepare_row)(const W4View&, const void* source, DType, float* x, float* x_sums);
-    // M <= SMALL_M. x: [M][8·octets]; x_sums: [M][groups].
+    // One row of activations [cols] → what gemv takes of it: octet j at x + j·x_stride, and x_sums [groups].
+    void (*prepare_row)(const W4View&, const void* source, DType, float* x, int x_stride, float* x_sums);
+    // M <= SMALL_M. x: tiles of GEMV_TILE rows, the last one of what is left, each [octets][its rows][8];
+    // x_sums: [M][groups].
     void (*gemv)(const W4View&, const float* x, const float* x_sums, int m, const Output&, int block_begin, int block_end);
     // Tile number `tile` of activations [M][cols] whose rows are `stride` elements apart → what gemm takes of it.
     void (*pack_tile)(const W4View&, const void* source, std::size_t stride, DType, int m, int tile, float* x);

@@ -125,10 +125,12 @@ void W4Matrix::multiply_small(const void* x, std::size_t x_stride, int m, DType 
     const int inputs = view_.octets * OCTET;
     float* rows = scratch(static_cast<std::size_t>(m) * (inputs + view_.groups));
     float* sums = rows + static_cast<std::size_t>(m) * inputs;
-    for (int row = 0; row < m; ++row)
+    for (int row = 0; row < m; ++row) {
+        const int first = row / GEMV_TILE * GEMV_TILE, tile = std::min(GEMV_TILE, m - first);
         tier_.prepare_row(view_, element(x, dtype, row * x_stride), dtype,
-                          rows + static_cast<std::size_t>(row) * inputs,
+                          rows + static_cast<std::size_t>(first) * inputs + (row - first) * OCTET, tile * OCTET,
                           sums + static_cast<std::size_t>(row) * view_.groups);
+    }
     const std::size_t work = static_cast<std::size_t>(view_.rows) * view_.cols * m;
     parallel(view_.blocks, work, [&](int begin, int end) { tier_.gemv(view_, rows, sums, m, out, begin, end); });
 }
