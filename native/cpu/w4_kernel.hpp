@@ -40,6 +40,7 @@ struct W4Kernel {
     static constexpr int PANEL_ROWS = PANEL_BLOCKS * BLOCK_ROWS;
     static constexpr int PANEL_OCTETS = 32;  // 256 inputs × 16 or 32 rows × 4 bytes = 16 or 32 KiB: half of L1 or less
     static constexpr int STRIP_ROWS = 96;    // activation rows a dequantized panel is used for: 96 × 256 × 4 = 96 KiB of L2
+    static constexpr int PANELS = 4;  // panels those 96 KiB are used for before the next ones are fetched
 
     using F = typename S::F;
     using I = typename S::I;
@@ -227,26 +228,31 @@ struct W4Kernel {
     static void gemm(const W4View& w, const float* x, int m, const Output& out, int panel_begin, int panel_end) {
         constexpr int STRIP_TILES = (STRIP_ROWS + TILE_ROWS - 1) / TILE_ROWS;
         alignas(64) float panel[PANEL_OCTETS * OCTET * PANEL_ROWS];
-        alignas(64) float sums[STRIP_TILES * TILE_ROWS * PANEL_ROWS];
+        alignas(64) float sums[PANELS][STRIP_TILES * TILE_ROWS * PANEL_ROWS];
         const int tiles = (m + TILE_ROWS - 1) / TILE_ROWS;
         const std::size_t tile_stride = static_cast<std::size_t>(w.octets) * OCTET * TILE_ROWS;
         std::memset(panel, 0, sizeof panel);  // a last, narrower panel leaves its other blocks at zero
-        for (int p = panel_begin; p < panel_end; ++p) {
-            const int block = p * PANEL_BLOCKS;
-            const int blocks = w.blocks - block < PANEL_BLOCKS ? w.blocks - block : PANEL_BLOCKS;
+        for (int first = panel_begin; first < panel_end; first += PANELS) {
+            const int panels = panel_end - first < PANELS ? panel_end - first : PANELS;
             for (int strip = 0; strip < tiles; strip += STRIP_TILES) {
                 const int count = tiles - strip < STRIP_TILES ? tiles - strip : STRIP_TILES;
                 std::memset(sums, 0, sizeof sums);
                 for (int octet = 0; octet < w.octets; octet += PANEL_OCTETS) {
                     const int end = octet + PANEL_OCTETS < w.octets ? octet + PANEL_OCTETS : w.octets;
-                    dequantize_panel(w, block, blocks, octet, end, panel);
-                    for (int t = 0; t < count; ++t)
-                        multiply_tile(x + (strip + t) * tile_stride + static_cast<std::size_t>(octet) * OCTET * TILE_ROWS,
-                                      panel, (end - octet) * OCTET, sums + t * TILE_ROWS * PANEL_ROWS);
+                    for (int p = 0; p < panels; ++p) {
+                        const int block = (first + p) * PANEL_BLOCKS;
+                        const int blocks = w.blocks - block < PANEL_BLOCKS ? w.blocks - block : PANEL_BLOCKS;
+                        dequantize_panel(w, block, blocks, octet, end, panel);
+                        for (int t = 0; t < count; ++t)
+                            multiply_tile(
+                                x + (strip + t) * tile_stride + static_cast<std::size_t>(octet) * OCTET * TILE_ROWS, panel,
+                                (end - octet) * OCTET, sums[p] + t * TILE_ROWS * PANEL_ROWS);
+                    }
                 }
-                const int first = strip * TILE_ROWS;
-                for (int r = 0; r < count * TILE_ROWS && first + r < m; ++r)
-                    store_run<S>(out, first + r, block * BLOCK_ROWS, sums + r * PANEL_ROWS, blocks * BLOCK_ROWS);
+                for (int p = 0; p < panels; ++p)
+                    for (int r = 0; r < count * TILE_ROWS && strip * TILE_ROWS + r < m; ++r)
+                        store_run<S>(out, strip * TILE_ROWS + r, (first + p) * PANEL_ROWS,
+                                     sums[p] + r * PANEL_ROWS, PANEL_ROWS);
             }
         }
     }
