@@ -11,7 +11,7 @@ struct Avx2 : F16C {
     // 6 rows × 2 vectors = 12 accumulators + 2 weights + 1 broadcast: 15 of 16 registers.
     static constexpr int WIDTH = 8, PANEL_BLOCKS = 1, TILE_ROWS = 6;
     // gemv: 6 to 8 accumulators, and a code and a broadcast beside them; 1 × 8 and 4 × 3 spill.
-    static constexpr int GEMV_VECTORS_1 = 6, GEMV_VECTORS_2 = 4, GEMV_VECTORS_4 = 2, GEMV_BLOCKS = 6;
+    static constexpr int GEMV_VECTORS_1 = 6, GEMV_VECTORS_2 = 4, GEMV_VECTORS_4 = 2, GEMV_BLOCKS = 3;
     using F = __m256;
     using I = __m256i;
 

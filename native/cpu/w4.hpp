@@ -54,6 +54,7 @@ struct Output {
 // What a tier provides. Ranges are [begin, end); each call covers all M activation rows.
 struct Tier {
     const char* name;
+    int gemv_blocks;   // weight blocks `gemv` works on together
     int tile_rows;     // activation rows of a tile in the packed activations of `gemm`
     int panel_blocks;  // weight blocks one unit of `gemm` works on
     // One row of activations [cols] → what gemv takes of it: octet j at x + j·x_stride, and x_sums [groups].

@@ -82,6 +82,7 @@ struct W4Kernel {
     __attribute__((noinline)) static void gemv_tile(const W4View& w, const float* x, const float* x_sums, int m0, int vector, float* values) {
         x += static_cast<std::size_t>(m0) * w.octets * OCTET;
         x_sums += static_cast<std::size_t>(m0) * w.groups;
+        constexpr int NEXT = (V + VECTORS - 1) / VECTORS;
         Lanes lanes[V];
         F total[M][V];
         for (int v = 0; v < V; ++v) lanes[v] = lanes_of(w, vector + v);
@@ -97,6 +98,9 @@ struct W4Kernel {
             for (; octet < end; ++octet) {
                 I words[V];
                 for (int v = 0; v < V; ++v) words[v] = S::load_words(lanes[v].words + octet * BLOCK_ROWS);
+                // The blocks after these, into L2: a block is about a page, too short for the hardware to catch up.
+                for (int v = 0; v < V; v += VECTORS)
+                    __builtin_prefetch(lanes[v].words + (octet + NEXT * w.octets) * BLOCK_ROWS, 0, 2);
                 nibbles<M, V>(words, x + octet * (M * OCTET), acc);
             }
             for (int v = 0; v < V; ++v) {
@@ -112,7 +116,7 @@ struct W4Kernel {
             for (int v = 0; v < V; ++v) S::store(values + (m * V + v) * S::WIDTH, total[m][v]);
     }
 
-    // M activation rows × vectors [vector, end): V at a time, the rest one at a time.
+    // M activation rows × vectors [vector, end) of whole blocks: V at a time, then a block fewer.
     template <int M, int V>
     static void gemv_rows(const W4View& w, const float* x, const float* x_sums, int m0, const Output& out, int vector,
                           int end) {
@@ -122,7 +126,8 @@ struct W4Kernel {
             for (int m = 0; m < M; ++m)
                 store_run<S>(out, m0 + m, vector * S::WIDTH, values + m * V * S::WIDTH, V * S::WIDTH);
         }
-        if constexpr (V > 1) gemv_rows<M, 1>(w, x, x_sums, m0, out, vector, end);
+        static_assert(V > VECTORS || VECTORS % V == 0, "vectors would be left over");
+        if constexpr (V > VECTORS) gemv_rows<M, V - VECTORS>(w, x, x_sums, m0, out, vector, end);
     }
 
     // Each of the M · V sums of a tile is one chain of FMAs, so that a row's bits do not depend on the tile; S chooses V
@@ -290,7 +295,7 @@ struct W4Kernel {
     }
 
     static constexpr Tier tier(const char* name) {
-        return {name, TILE_ROWS, PANEL_BLOCKS, prepare_row, gemv, pack_tile, gemm, read, fma};
+        return {name, S::GEMV_BLOCKS, TILE_ROWS, PANEL_BLOCKS, prepare_row, gemv, pack_tile, gemm, read, fma};
     ; }
 };
 

@@ -132,7 +132,10 @@ void W4Matrix::multiply_small(const void* x, std::size_t x_stride, int m, DType 
                           sums + static_cast<std::size_t>(row) * view_.groups);
     }
     const std::size_t work = static_cast<std::size_t>(view_.rows) * view_.cols * m;
-    parallel(view_.blocks, work, [&](int begin, int end) { tier_.gemv(view_, rows, sums, m, out, begin, end); });
+    const int strip = tier_.gemv_blocks, strips = (view_.blocks + strip - 1) / strip;
+    parallel(strips, work, [&](int begin, int end) {
+        tier_.gemv(view_, rows, sums, m, out, begin * strip, std::min(end * strip, view_.blocks));
+    });
 }
 
 void W4Matrix::multiply_large(const void* x, std::size_t x_stride, int m, DType dtype, const Output& out) const {
