@@ -108,15 +108,20 @@ def fill(
             continue
         full = f"{prefix}.{name}" if prefix else name
         if full not in source:
-            raise CheckpointError(
-                f"tensor {full}: the config implies it, the checkpoint lacks it; is it complete?"
-            )
+            raise CheckpointError(f"tensor {full}: the config implies it, the checkpoint lacks it; is it complete?")
         tensor = source.read(full)
         if tensor.shape != parameter.shape:
             raise CheckpointError(
                 f"tensor {full}: expected shape {list(parameter.shape)} from config.json, found {list(tensor.shape)}"
             )
         set_parameter(module, name, tensor if dtype is None else tensor.to(dtype))
+
+
+def weight_of(block: nn.Module, name: str) -> torch.Tensor:
+    """The weight of the module with the dotted `name` inside `block`, as a plain tensor that shares its memory."""
+    weight = block.get_submodule(name).weight
+    assert isinstance(weight, torch.Tensor)
+    return weight.data
 
 
 def set_parameter(module: nn.Module, name: str, value: torch.Tensor) -> None:

@@ -43,8 +43,7 @@ def command(
     cpu, tier, threads = cpu_info(), pick_tier(), thread_count()
     if json:
         kernels = [
-            {"kernel": verdict.kernel.name, "picked": verdict.picked, "reason": verdict.reason}
-            for verdict in found
+            {"kernel": verdict.kernel.name, "picked": verdict.picked, "reason": verdict.reason} for verdict in found
         ]
         print_json({"cpu": vars(cpu), "tier": tier, "threads": threads, "kernels": kernels})
         return

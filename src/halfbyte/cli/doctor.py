@@ -19,9 +19,7 @@ REQUIRED = (
     "rich",
 )
 # extra → (packages, what it adds)
-EXTRAS = {
-    "dev": (("ruff", "mypy", "pytest", "hypothesis", "import-linter"), "tests and checks of halfbyte itself")
-}
+EXTRAS = {"dev": (("ruff", "mypy", "pytest", "hypothesis", "import-linter"), "tests and checks of halfbyte itself")}
 
 
 def command(json: JsonFlag = False) -> None:
@@ -37,8 +35,8 @@ def command(json: JsonFlag = False) -> None:
     else:
         rows = [(check["what"], "ok" if check["ok"] else "PROBLEM", check["found"]) for check in checks]
         print_table(("what", "", "found"), rows)
-        rows = [(e["extra"], "yes" if e["installed"] else "no", e["adds"], e["install"]) for e in extras]
-        print_table(("extra", "installed", "adds", "install with"), rows)
+        extra_rows = [(e["extra"], "yes" if e["installed"] else "no", e["adds"], e["install"]) for e in extras]
+        print_table(("extra", "installed", "adds", "install with"), extra_rows)
         print("\n".join(f"problem: {problem}" for problem in problems) or "Nothing is wrong.")
     if problems:
         raise SystemExit(2)
@@ -70,9 +68,7 @@ def _native() -> dict[str, Any]:
     try:
         from halfbyte import _native
     except ImportError as error:
-        found = (
-            f"cannot be imported ({error}); reinstall with a C++17 compiler: pip install --force-reinstall ."
-        )
+        found = f"cannot be imported ({error}); reinstall with a C++17 compiler: pip install --force-reinstall ."
         return {"what": "native core", "ok": False, "found": found}
     return {
         "what": "native core",

@@ -26,9 +26,7 @@ def command(
     skip_perplexity: Annotated[bool, typer.Option("--skip-perplexity", help="Measure speed alone.")] = False,
     skip_speed: Annotated[bool, typer.Option("--skip-speed", help="Measure perplexity alone.")] = False,
     device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")] = "auto",
-    backend: Annotated[
-        str, typer.Option(help="Kernel of the quantized linears; see `halfbyte backends`.")
-    ] = "auto",
+    backend: Annotated[str, typer.Option(help="Kernel of the quantized linears; see `halfbyte backends`.")] = "auto",
     json: JsonFlag = False,
 ) -> None:
     """Measure perplexity on a text, and tokens per second for prefill and decoding.
@@ -46,9 +44,7 @@ def command(
         measured = measure_perplexity(loaded, text, window=window, stride=stride, max_windows=max_windows)
         result["perplexity"] = {"data": data, **asdict(measured)}
     if not skip_speed:
-        result["throughput"] = asdict(
-            measure_throughput(loaded, prompt_tokens=prompt_tokens, new_tokens=new_tokens)
-        )
+        result["throughput"] = asdict(measure_throughput(loaded, prompt_tokens=prompt_tokens, new_tokens=new_tokens))
     if json:
         print_json(result)
     else:
@@ -69,9 +65,7 @@ def _read_text(data: str) -> str:
 
 
 def _print_result(result: dict[str, Any]) -> None:
-    rows: list[tuple[str, str, str]] = [
-        ("memory", f"{result['memory_bytes'] / 1e6:,.1f} MB", "weights as held to run")
-    ]
+    rows: list[tuple[str, str, str]] = [("memory", f"{result['memory_bytes'] / 1e6:,.1f} MB", "weights as held to run")]
     if "perplexity" in result:
         part = result["perplexity"]
         note = f"{part['data']}: {part['tokens']:,} tokens in {len(part['window_nll'])} windows of {part['window']}"
@@ -87,8 +81,6 @@ def _print_result(result: dict[str, Any]) -> None:
         )
         note = f"{part['new_tokens'] - 1} tokens, one sequence, median of {part['repeats']}"
         rows.append(("decode", f"{part['decode_tokens_per_second']:,.1f} tok/s", note))
-    kernels = (
-        ", ".join(f"{count} × {name}" for name, count in result["kernels"].items()) or "none: not quantized"
-    )
+    kernels = ", ".join(f"{count} × {name}" for name, count in result["kernels"].items()) or "none: not quantized"
     rows.append(("kernels", kernels, "quantized linears"))
     print_table(("measure", "value", "how"), rows, result["model"])

@@ -18,14 +18,10 @@ def command(
     max_new_tokens: Annotated[int, typer.Option(help="Tokens to generate at most.")] = 128,
     temperature: Annotated[float, typer.Option(help="0 is greedy.")] = 0.0,
     top_k: Annotated[int | None, typer.Option(help="Keep the k most likely tokens.")] = None,
-    top_p: Annotated[
-        float | None, typer.Option(help="Keep the most likely tokens up to this probability.")
-    ] = None,
+    top_p: Annotated[float | None, typer.Option(help="Keep the most likely tokens up to this probability.")] = None,
     seed: Annotated[int | None, typer.Option(help="Makes sampling repeatable.")] = None,
     device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")] = "auto",
-    backend: Annotated[
-        str, typer.Option(help="Kernel of the quantized linears; see `halfbyte backends`.")
-    ] = "auto",
+    backend: Annotated[str, typer.Option(help="Kernel of the quantized linears; see `halfbyte backends`.")] = "auto",
     json: JsonFlag = False,
 ) -> None:
     """Generate text, streamed as it comes.

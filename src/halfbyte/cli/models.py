@@ -30,9 +30,7 @@ def list_command(json: JsonFlag = False) -> None:
         return
     rows = [(entry.name, "yes" if entry.cached else "no", entry.description) for entry in entries]
     print_table(("model", "on this machine", "what"), rows)
-    print(
-        "Any folder in Hugging Face form works too, and hub names (organisation/name) where the hub can be reached."
-    )
+    print("Any folder in Hugging Face form works too, and hub names (organisation/name) where the hub can be reached.")
 
 
 @app.command("pull")

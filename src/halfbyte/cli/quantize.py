@@ -19,13 +19,9 @@ def command(
     group_size: Annotated[
         str, typer.Option(help="Inputs that share a scale: auto, a number, or -1 for whole rows.")
     ] = "auto",
-    symmetric: Annotated[
-        bool, typer.Option("--symmetric", help="A symmetric grid, without zero points.")
-    ] = False,
+    symmetric: Annotated[bool, typer.Option("--symmetric", help="A symmetric grid, without zero points.")] = False,
     no_clip: Annotated[bool, typer.Option("--no-clip", help="Skip the clip search.")] = False,
-    duo_scaling: Annotated[
-        str, typer.Option(help="Candidate scales: both, yes (x/w) or no (x alone).")
-    ] = "both",
+    duo_scaling: Annotated[str, typer.Option(help="Candidate scales: both, yes (x/w) or no (x alone).")] = "both",
     n_grid: Annotated[int, typer.Option(help="Steps of the scale search.")] = 20,
     skip: Annotated[
         list[str] | None, typer.Option("--skip", help="Part of a module name to leave in 16 bit; repeatable.")
@@ -103,9 +99,7 @@ def _print_report(report: Any) -> None:
             clipped = sum(linear.clipped_share for linear in linears) / len(linears)
             rows.append((name, len(linears), f"{before:.3%}", f"{after:.3%}", f"{clipped:.0%}"))
         columns = ("linear", "count", "error, rounded to nearest", "error now", "groups clipped")
-        print_table(
-            columns, rows, "Mean squared error of the outputs over calibration, relative to their energy"
-        )
+        print_table(columns, rows, "Mean squared error of the outputs over calibration, relative to their energy")
         used = report.calibration
         print(f"calibration   {used['source']}: {used['blocks']} blocks, {used['tokens']:,} tokens")
     for warning in report.warnings:

@@ -79,9 +79,7 @@ def pack(tensor: QuantizedTensor, name: str = "tensor") -> dict[str, torch.Tenso
         raise UnsupportedError(f"{name}: has floating minima; the AWQ GEMM layout stores integer zero points")
     scales = tensor.scales.T.contiguous().half()
     if not torch.equal(scales.float(), tensor.scales.T):
-        raise UnsupportedError(
-            f"{name}: has scales that fp16 cannot hold exactly; the AWQ GEMM layout stores fp16"
-        )
+        raise UnsupportedError(f"{name}: has scales that fp16 cannot hold exactly; the AWQ GEMM layout stores fp16")
     packed = {
         "qweight": pack_nibbles(tensor.codes.T.contiguous(), ORDER),
         "qzeros": pack_nibbles(tensor.zeros.T.contiguous(), ORDER),
@@ -105,33 +103,26 @@ def unpack(tensors: Mapping[str, torch.Tensor], *, group_size: int, name: str = 
     """
     for key in ("qweight", "qzeros", "scales"):
         if key not in tensors:
-            raise CheckpointError(
-                f"tensor {name}.{key}: missing; the AWQ GEMM layout needs qweight, qzeros and scales"
-            )
+            raise CheckpointError(f"tensor {name}.{key}: missing; the AWQ GEMM layout needs qweight, qzeros and scales")
     qweight = tensors["qweight"]
     if qweight.ndim != 2 or qweight.dtype != torch.int32:
-        raise CheckpointError(
-            f"tensor {name}.qweight: expected int32 [in, out/8], found {_describe(qweight)}"
-        )
+        raise CheckpointError(f"tensor {name}.qweight: expected int32 [in, out/8], found {_describe(qweight)}")
     inputs, outputs = qweight.shape[0], 8 * qweight.shape[1]
     size = inputs if group_size == -1 else group_size
     if size < 1 or inputs % size:
-        raise CheckpointError(
-            f"tensor {name}.qweight: {inputs} inputs are not whole groups of {size} (config.json)"
-        )
+        raise CheckpointError(f"tensor {name}.qweight: {inputs} inputs are not whole groups of {size} (config.json)")
     groups = inputs // size
-    expected = {"qzeros": ((torch.int32,), (groups, outputs // 8)), "scales": (_FLOATS, (groups, outputs))}
+    expected: dict[str, tuple[tuple[torch.dtype, ...], tuple[int, ...]]] = {
+        "qzeros": ((torch.int32,), (groups, outputs // 8)),
+        "scales": (_FLOATS, (groups, outputs)),
+    }
     if "bias" in tensors:
         expected["bias"] = (_FLOATS, (outputs,))
     for key, (dtypes, shape) in expected.items():
         if tensors[key].dtype not in dtypes or tuple(tensors[key].shape) != shape:
-            raise CheckpointError(
-                f"tensor {name}.{key}: expected {list(shape)}, found {_describe(tensors[key])}"
-            )
+            raise CheckpointError(f"tensor {name}.{key}: expected {list(shape)}, found {_describe(tensors[key])}")
     if not torch.isfinite(tensors["scales"]).all():
-        raise CheckpointError(
-            f"tensor {name}.scales: holds values that are not finite; the checkpoint is damaged"
-        )
+        raise CheckpointError(f"tensor {name}.scales: holds values that are not finite; the checkpoint is damaged")
     return QuantizedTensor(
         codes=unpack_nibbles(qweight, ORDER).T.contiguous(),
         scales=tensors["scales"].float().T.contiguous(),

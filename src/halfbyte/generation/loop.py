@@ -35,9 +35,7 @@ def generate_tokens(
     cache = DynamicCache(config=network.config)
     step = prompt.unsqueeze(0)
     for _ in range(max_new_tokens):
-        logits = network(input_ids=step, past_key_values=cache, use_cache=True, logits_to_keep=1).logits[
-            0, -1
-        ]
+        logits = network(input_ids=step, past_key_values=cache, use_cache=True, logits_to_keep=1).logits[0, -1]
         token = choose_token(logits.cpu(), parameters, generator)
         if token in stop_ids:
             return

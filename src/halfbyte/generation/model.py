@@ -14,6 +14,7 @@ from halfbyte.checkpoints.sources import resolve_model
 from halfbyte.errors import ConfigError
 from halfbyte.generation.loop import generate_tokens
 from halfbyte.runtime.loading import LoadedNetwork, load_network
+from halfbyte.runtime.quant_linear import QuantLinear
 from halfbyte.sampling.filters import SamplingParameters
 
 Prompt = str | Sequence[dict[str, str]]
@@ -65,8 +66,8 @@ class Model:
     def nbytes(self) -> int:
         """Bytes the weights occupy in memory, packed layouts included and tied tensors once."""
         seen = {p.data_ptr(): p.numel() * p.element_size() for p in self.network.parameters()}
-        packed = sum(m.nbytes for m in self.network.modules() if hasattr(m, "prepared"))
-        return sum(seen.values()) + packed
+        packed = sum(m.nbytes for m in self.network.modules() if isinstance(m, QuantLinear))
+        return int(sum(seen.values()) + packed)
 
     @torch.inference_mode()
     def logits(self, token_ids: Sequence[int] | torch.Tensor) -> torch.Tensor:
@@ -80,15 +81,11 @@ class Model:
         """
         ids = torch.as_tensor(token_ids, dtype=torch.int64)
         if ids.ndim != 1 or ids.numel() == 0:
-            raise ConfigError(
-                f"token_ids: expected one sequence of at least one token, got shape {list(ids.shape)}"
-            )
+            raise ConfigError(f"token_ids: expected one sequence of at least one token, got shape {list(ids.shape)}")
         vocabulary = self.network.get_input_embeddings().num_embeddings
         if int(ids.min()) < 0 or int(ids.max()) >= vocabulary:
-            raise ConfigError(
-                f"token_ids: expected ids in [0, {vocabulary}), got {int(ids.min())}…{int(ids.max())}"
-            )
-        result = self.network(input_ids=ids.unsqueeze(0).to(self.device), use_cache=False).logits[0]
+            raise ConfigError(f"token_ids: expected ids in [0, {vocabulary}), got {int(ids.min())}…{int(ids.max())}")
+        result: torch.Tensor = self.network(input_ids=ids.unsqueeze(0).to(self.device), use_cache=False).logits[0]
         return result.float().cpu()
 
     def encode(self, prompt: Prompt) -> torch.Tensor:
@@ -100,9 +97,7 @@ class Model:
         if isinstance(prompt, str):
             ids = self.tokenizer(prompt)["input_ids"]
         elif self.tokenizer.chat_template is None:
-            raise ConfigError(
-                f"{self.folder}: its tokenizer has no chat template; give the prompt as a string"
-            )
+            raise ConfigError(f"{self.folder}: its tokenizer has no chat template; give the prompt as a string")
         else:
             ids = self.tokenizer.apply_chat_template(list(prompt), add_generation_prompt=True)["input_ids"]
         if not ids:

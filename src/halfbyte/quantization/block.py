@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from halfbyte.architectures.skeleton import named_linears
+from halfbyte.architectures.skeleton import named_linears, weight_of
 from halfbyte.quantization.capture import Batch
 from halfbyte.quantization.clipping import search_clip
 from halfbyte.quantization.config import QuantConfig
@@ -75,9 +75,7 @@ def calibrate_block(
     # Every fold is applied before anything is rounded: the producer of a later fold (v, up) is a consumer of an
     # earlier one, and its rows must have their final scale when its codes are chosen.
     inputs = [
-        _scale_shared_input(
-            block, name, shared, folds.get(shared), statistics[shared[0]], config, store_dtype
-        )
+        _scale_shared_input(block, name, shared, folds.get(shared), statistics[shared[0]], config, store_dtype)
         for shared in shared_inputs
     ]
     for scaled in inputs:
@@ -109,9 +107,7 @@ def _usable_folds(
 ) -> dict[tuple[str, ...], Fold]:
     """Folds that were proven, by the set of linears they feed. A consumer left in 16 bit is rescaled all the same."""
     candidates = [
-        fold
-        for fold in candidate_folds(block, model_config)
-        if set(fold.consumers) in map(set, shared_inputs)
+        fold for fold in candidate_folds(block, model_config) if set(fold.consumers) in map(set, shared_inputs)
     ]
     usable = {}
     hidden = batch.hidden[:1, :PROOF_TOKENS]
@@ -173,7 +169,7 @@ def _scale_shared_input(
     """Search the scale of one shared input and fold it into the block."""
     grid = make_grid(config)
     names = tuple(local for local in shared if not config.skips(f"{name}.{local}"))
-    weights = [block.get_submodule(local).weight.data for local in names]
+    weights = [weight_of(block, local) for local in names]
     gram = statistics.gram
     energy = {local: float(gram_error(weight, gram)) for local, weight in zip(names, weights, strict=True)}
     rtn_errors = {
@@ -196,7 +192,7 @@ def _round_shared_input(
     """Clip and round the linears that share one input."""
     grid = make_grid(config)
     for local in scaled.names:
-        weight = block.get_submodule(local).weight.data
+        weight = weight_of(block, local)
         factor = search_clip(weight, scaled.gram, grid) if config.clip else None
         tensor = grid.quantize(weight, factor)
         error = float(gram_error(tensor.dequantize() - weight, scaled.gram))
@@ -216,5 +212,5 @@ def _round_shared_input(
 
 def make_grid(config: QuantConfig) -> Grid:
     """The grid a resolved config asks for."""
-    assert config.group_size != "auto"
+    assert isinstance(config.group_size, int)
     return Grid(config.bits, config.group_size, config.zero_point)

@@ -48,6 +48,10 @@ class CalibrationSet:
             digest.update(block.numpy().tobytes())
         return digest.hexdigest()
 
+    def describe(self) -> dict[str, Any]:
+        """What the manifest records of it."""
+        return {"source": self.source, "blocks": len(self.blocks), "tokens": self.tokens, "sha256": self.sha256}
+
 
 def builtin_documents(split: str = "calibration") -> list[str]:
     """Prose that ships with Python itself: the language reference, one topic a document.
@@ -76,9 +80,7 @@ def read_documents(calibration: str | Path | Sequence[str]) -> tuple[list[str], 
             return builtin_documents(), "builtin"
         path = Path(calibration)
         if not path.is_file():
-            raise CalibrationError(
-                f'calibration {str(calibration)!r}: no such file; give a text file or "builtin"'
-            )
+            raise CalibrationError(f'calibration {str(calibration)!r}: no such file; give a text file or "builtin"')
         try:
             documents, source = [path.read_text(encoding="utf-8")], path.name
         except UnicodeDecodeError as error:
@@ -91,13 +93,9 @@ def read_documents(calibration: str | Path | Sequence[str]) -> tuple[list[str], 
         documents, source = list(calibration), f"list of {len(calibration)} strings"
         for index, document in enumerate(documents):
             if not isinstance(document, str):
-                raise CalibrationError(
-                    f"calibration[{index}]: expected a string, got {type(document).__name__}"
-                )
+                raise CalibrationError(f"calibration[{index}]: expected a string, got {type(document).__name__}")
     if not any(document.strip() for document in documents):
-        raise CalibrationError(
-            f"calibration {source}: empty; give text of at least {MIN_BLOCK_TOKENS} tokens"
-        )
+        raise CalibrationError(f"calibration {source}: empty; give text of at least {MIN_BLOCK_TOKENS} tokens")
     return documents, source
 
 
@@ -132,7 +130,7 @@ def build_calibration_set(
     for document in documents:
         ids = torch.tensor(tokenizer(document, verbose=False)["input_ids"], dtype=torch.int64)
         tokens += len(ids)
-        blocks += [block for block in ids.split(max_calib_seq_len) if len(block) >= MIN_BLOCK_TOKENS]
+        blocks += [block for block in torch.split(ids, max_calib_seq_len) if len(block) >= MIN_BLOCK_TOKENS]
     if not blocks:
         raise CalibrationError(
             f"calibration {source}: {tokens} tokens, too little to calibrate on; "

@@ -36,12 +36,7 @@ def search_clip(weight: torch.Tensor, gram: torch.Tensor, grid: Grid) -> torch.T
     for step in range(STEPS):
         factor = 1 - step * (1 - MIN_SHRINK) / STEPS
         scales, zeros = grid.parameters(low * factor, high * factor)
-        delta = (
-            grid.codes(groups, scales, zeros)
-            .sub_(zeros.unsqueeze(-1))
-            .mul_(scales.unsqueeze(-1))
-            .sub_(groups)
-        )
+        delta = grid.codes(groups, scales, zeros).sub_(zeros.unsqueeze(-1)).mul_(scales.unsqueeze(-1)).sub_(groups)
         error = (torch.bmm(delta, blocks) * delta).sum(dim=-1)
         better = error < best_error
         best = torch.where(better, factor, best)

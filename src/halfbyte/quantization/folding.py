@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from halfbyte.architectures.skeleton import weight_of
 from halfbyte.quantization.statistics import block_output
 
 # fp64 keeps an exact identity within 1e-12 of itself through a decoder block; a wrong fold moves it by more than 1e-2.
@@ -55,9 +56,7 @@ class Fold:
         """[channels] → [in]."""
         return scales[self.channel_of.to(scales.device)]
 
-    def apply(
-        self, block: nn.Module, scales: torch.Tensor, store_dtype: torch.dtype | None = None
-    ) -> torch.Tensor:
+    def apply(self, block: nn.Module, scales: torch.Tensor, store_dtype: torch.dtype | None = None) -> torch.Tensor:
         """Divide the producer, multiply the consumers, in place.
 
         Args:
@@ -69,8 +68,7 @@ class Fold:
         Returns:
             The scales in effect, [channels].
         """
-        producer = block.get_submodule(self.producer)
-        weight: torch.Tensor = producer.weight.data
+        weight = weight_of(block, self.producer)
         if store_dtype is not None and weight.ndim == 1:
             rounded = (weight / scales).to(store_dtype).to(weight.dtype)
             usable = (rounded != 0) & torch.isfinite(rounded) & (weight != 0)
@@ -78,12 +76,12 @@ class Fold:
             weight.copy_(torch.where(usable, rounded, weight))
         else:
             weight.div_(scales if weight.ndim == 1 else scales.unsqueeze(1))
-        bias = getattr(producer, "bias", None)
-        if bias is not None:
+        bias = getattr(block.get_submodule(self.producer), "bias", None)
+        if isinstance(bias, torch.Tensor):
             bias.data.div_(scales)
         columns = self.per_column(scales)
         for name in self.consumers:
-            block.get_submodule(name).weight.data.mul_(columns)
+            weight_of(block, name).mul_(columns)
         return scales
 
 

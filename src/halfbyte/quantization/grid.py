@@ -38,7 +38,7 @@ class Grid:
     @property
     def max_code(self) -> int:
         """The largest code."""
-        return 2**self.bits - 1
+        return (1 << self.bits) - 1
 
     def split(self, weight: torch.Tensor) -> torch.Tensor:
         """View [out, in] as [out, groups, group_size]; the group size must divide `in`."""
@@ -80,9 +80,7 @@ class Grid:
         codes = self.codes(groups, scales, zeros)
         return codes.sub_(zeros.unsqueeze(-1)).mul_(scales.unsqueeze(-1)).reshape(weight.shape)
 
-    def range(
-        self, groups: torch.Tensor, shrink: torch.Tensor | None = None
-    ) -> tuple[torch.Tensor, torch.Tensor]:
+    def range(self, groups: torch.Tensor, shrink: torch.Tensor | None = None) -> tuple[torch.Tensor, torch.Tensor]:
         """Smallest and largest weight of each group [..., group_size], times `shrink` [...]."""
         low, high = groups.aminmax(dim=-1)
         return (low, high) if shrink is None else (low * shrink, high * shrink)

@@ -116,14 +116,11 @@ class _Job:
             raise UnsupportedError(f"{model}: is quantized already; quantize the 16-bit model it came from")
         skeleton = build_skeleton(str(checkpoint.folder), torch.float32)
         blocks_name, blocks = find_decoder_blocks(skeleton)
-        linears = [
-            (name, width)
-            for name, width in quantizable_linears(blocks, blocks_name)
-            if not config.skips(name)
-        ]
+        linears = [(name, width) for name, width in quantizable_linears(blocks, blocks_name) if not config.skips(name)]
         if not linears:
             raise ConfigError("modules_to_not_convert: leaves no linear to quantize")
         config = config.resolved(linears)
+        assert isinstance(config.group_size, int)
         for name, _ in linears:
             linear = skeleton.get_submodule(name)
             gemm.check(linear.out_features, linear.in_features, config.group_size, config.bits, name)
@@ -137,7 +134,7 @@ class _Job:
         names_by_block = self._names_by_block()
         for name in names_by_block.pop(None):
             tensor = self.checkpoint.read(name)
-            self._count(name, "other", self.bytes_before, tensor)
+            self.bytes_before["other"] += tensor.nbytes
             self._write(writer, name, "other", tensor)
         ticker.advance()
         for index, block in enumerate(self.blocks):
@@ -192,7 +189,7 @@ class _Job:
             module, _, leaf = local.rpartition(".")
             if module in result.tensors:
                 if leaf == "weight":
-                    for key, tensor in gemm.pack(result.tensors[module]).items():
+                    for key, tensor in gemm.pack(result.tensors[module], f"{name}.{module}").items():
                         self._write(writer, f"{name}.{module}.{key}", "blocks", tensor)
                     self.parameters += result.tensors[module].codes.numel()
                     continue
@@ -203,21 +200,12 @@ class _Job:
             self._write(writer, full, "blocks", value.to("cpu", dtype))
 
     def _write(self, writer: CheckpointWriter, name: str, part: str, tensor: torch.Tensor) -> None:
-        self._count(name, part, self.bytes_after, tensor)
+        self.bytes_after[part] += tensor.nbytes
         writer.add(name, tensor)
-
-    def _count(self, name: str, part: str, counter: dict[str, int], tensor: torch.Tensor) -> None:
-        del name
-        counter[part] += tensor.numel() * tensor.element_size()
 
     def report(self, output_dir: Path) -> QuantizationReport:
         """Everything that was measured."""
-        calibration = self.calibration and {
-            "source": self.calibration.source,
-            "blocks": len(self.calibration.blocks),
-            "tokens": self.calibration.tokens,
-            "sha256": self.calibration.sha256,
-        }
+        calibration = None if self.calibration is None else self.calibration.describe()
         return QuantizationReport(
             output_dir=output_dir,
             model=self.model_name,
@@ -237,7 +225,7 @@ class _Job:
 
     def write_documents(self, writer: CheckpointWriter, report: QuantizationReport) -> None:
         """config.json with its `quantization_config`, the manifest, and the tokenizer files."""
-        assert self.config.group_size != "auto"
+        assert isinstance(self.config.group_size, int)
         quantization_config = gemm.quantization_config(
             group_size=self.config.group_size, modules_to_not_convert=self._not_converted()
         )

@@ -1,0 +1,56 @@
+# The verbs of the repository. Each sets up what it needs in .venv; nothing outside this folder is touched but the caches.
+PYTHON ?= python3
+VENV ?= .venv
+# torch comes first, so that pip takes the build chosen here. A CUDA build: make demo TORCH=torch
+TORCH ?= torch==2.13.0
+
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip --disable-pip-version-check
+NATIVE := CMakeLists.txt pyproject.toml $(shell find native -type f)
+
+.PHONY: help demo test test-slow lint bench clean
+help:
+	@echo "make demo        install, quantize the sample model to 4 bits, compare it with the original"
+	@echo "make test        every test not marked slow, gpu or interop"
+	@echo "make test-slow   the slow ones"
+	@echo "make lint        ruff, mypy --strict, import contracts"
+	@echo "make bench       the benchmarks of README.md; DATA=folder with the WikiText-2 and C4 texts"
+	@echo "make clean       remove .venv and build products (the model cache stays)"
+
+$(VENV)/.torch:
+	$(PYTHON) -m venv $(VENV)
+	$(PIP) install --progress-bar on "$(TORCH)"
+	@touch $@
+
+# Editable: Python sources are used in place, the native core is rebuilt when its sources change.
+$(VENV)/.halfbyte: $(VENV)/.torch $(NATIVE)
+	$(PIP) install --progress-bar on --editable .
+	@touch $@
+
+$(VENV)/.dev: $(VENV)/.halfbyte
+	$(PIP) install --progress-bar on --editable ".[dev]"
+	@touch $@
+
+demo: $(VENV)/.halfbyte
+	$(BIN)/python examples/demo.py
+
+test: $(VENV)/.dev
+	$(BIN)/python -m pytest -m "not slow and not gpu and not interop"
+
+test-slow: $(VENV)/.dev
+	$(BIN)/python -m pytest -m "slow and not gpu and not interop"
+
+lint: $(VENV)/.dev
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+DATA ?= ../shared/data
+bench: $(VENV)/.halfbyte
+	$(BIN)/python benchmarks/quality.py --data $(DATA)
+	$(BIN)/python benchmarks/decode.py
+	$(BIN)/python benchmarks/kernels.py
+
+clean:
+	rm -rf $(VENV) build demo-output .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache
