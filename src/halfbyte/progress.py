@@ -43,9 +43,7 @@ def progress_bar(description: str, total: float, *, enabled: bool = True, unit: 
         TimeRemainingColumn,
     )
 
-    amount: list[ProgressColumn] = (
-        [DownloadColumn()] if unit == "bytes" else [MofNCompleteColumn(), TextColumn(unit)]
-    )
+    amount: list[ProgressColumn] = [DownloadColumn()] if unit == "bytes" else [MofNCompleteColumn(), TextColumn(unit)]
     bar = Progress(
         TextColumn("{task.description}"),
         BarColumn(),

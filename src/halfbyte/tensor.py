@@ -41,9 +41,7 @@ class QuantizedTensor:
     def __post_init__(self) -> None:
         """Refuse a tensor whose parts contradict each other (shapes and dtypes; never a pass over the data)."""
         if self.codes.ndim != 2 or self.codes.dtype != torch.uint8:
-            raise ConfigError(
-                f"codes: expected uint8 [out, in], got {self.codes.dtype} {list(self.codes.shape)}"
-            )
+            raise ConfigError(f"codes: expected uint8 [out, in], got {self.codes.dtype} {list(self.codes.shape)}")
         if not 2 <= self.bits <= 8:
             raise ConfigError(f"bits: expected 2 to 8, got {self.bits}")
         if self.group_size < 1:

@@ -55,9 +55,7 @@ def expand(gguf_path: Path, output_dir: Path, *, advance: Callable[[], None] = l
         raise CheckpointError(f"{gguf_path}: not a readable GGUF file ({error})") from error
     fields = {name: field.contents() for name, field in reader.fields.items()}
     if fields.get("general.architecture") != "llama":
-        raise CheckpointError(
-            f"{gguf_path}: expected architecture llama, got {fields.get('general.architecture')!r}"
-        )
+        raise CheckpointError(f"{gguf_path}: expected architecture llama, got {fields.get('general.architecture')!r}")
     config = _config(fields)
     with CheckpointWriter(output_dir) as writer:
         for tensor in reader.tensors:
@@ -159,6 +157,4 @@ def _write_tokenizer(fields: dict[str, Any], config: dict[str, Any], writer: Che
     )
     ends = {config["eos_token_id"], *(i for i, text in enumerate(tokens) if text == CHATML_END)}
     generation = {key: config[key] for key in ("bos_token_id", "pad_token_id")}
-    writer.add_json(
-        "generation_config.json", {**generation, "eos_token_id": sorted(e for e in ends if e is not None)}
-    )
+    writer.add_json("generation_config.json", {**generation, "eos_token_id": sorted(e for e in ends if e is not None)})

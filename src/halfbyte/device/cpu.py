@@ -59,9 +59,7 @@ def pick_tier() -> str:
     if not forced:
         return available[0]
     if forced not in _native.known_tiers():
-        raise UnsupportedError(
-            f"HALFBYTE_ISA={forced}: no such tier; known are {', '.join(_native.known_tiers())}"
-        )
+        raise UnsupportedError(f"HALFBYTE_ISA={forced}: no such tier; known are {', '.join(_native.known_tiers())}")
     if forced not in available:
         raise UnsupportedError(f"HALFBYTE_ISA={forced}: this CPU lacks it; it has {', '.join(available)}")
     return forced
@@ -129,9 +127,7 @@ def _cpuinfo(*keys: str) -> str:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
     except OSError:
         return ""
-    return next(
-        (line.partition(":")[2].strip() for line in lines if line.partition(":")[0].strip() in keys), ""
-    )
+    return next((line.partition(":")[2].strip() for line in lines if line.partition(":")[0].strip() in keys), "")
 
 
 def read_bandwidth(nbytes: int, *, repeats: int = 7) -> float:

@@ -20,7 +20,5 @@ def pick_device(device: str) -> torch.device:
     except RuntimeError:
         raise ConfigError(f'device {device!r}: expected "auto", "cpu", "cuda" or "cuda:N"') from None
     if picked.type == "cuda" and (picked.index or 0) >= torch.cuda.device_count():
-        raise ConfigError(
-            f"device {device}: this machine has {torch.cuda.device_count()} CUDA devices; use cpu"
-        )
+        raise ConfigError(f"device {device}: this machine has {torch.cuda.device_count()} CUDA devices; use cpu")
     return picked

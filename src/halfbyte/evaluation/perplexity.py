@@ -75,9 +75,7 @@ def measure_perplexity(
     model = model if isinstance(model, Model) else load(model)
     stride = window if stride is None else stride
     if window < 2 or not 1 <= stride <= window:
-        raise ConfigError(
-            f"window and stride: expected 2 <= window and 1 <= stride <= window, got {window}, {stride}"
-        )
+        raise ConfigError(f"window and stride: expected 2 <= window and 1 <= stride <= window, got {window}, {stride}")
     if max_windows is not None and max_windows < 1:
         raise ConfigError(f"max_windows: expected at least 1, got {max_windows}")
     ids = model.tokenizer(text, add_special_tokens=False, verbose=False, return_tensors="pt")["input_ids"][0]

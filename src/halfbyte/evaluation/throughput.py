@@ -33,9 +33,7 @@ class Throughput:
     repeats: int
 
 
-def measure_throughput(
-    model: Model, *, prompt_tokens: int = 128, new_tokens: int = 32, repeats: int = 3
-) -> Throughput:
+def measure_throughput(model: Model, *, prompt_tokens: int = 128, new_tokens: int = 32, repeats: int = 3) -> Throughput:
     """Time greedy generation on a fixed pseudo-random prompt (speed does not depend on which tokens they are).
 
     Args:

@@ -73,10 +73,19 @@ class TorchLinear:
     def __init__(self, weight: QuantizedTensor, device: torch.device):
         bias = None if weight.bias is None else weight.bias.to(device)
         self._weight = QuantizedTensor(
-            weight.codes.to(device), weight.scales.to(device), weight.zeros.to(device), weight.bits,
-            weight.group_size, bias,
+            weight.codes.to(device),
+            weight.scales.to(device),
+            weight.zeros.to(device),
+            weight.bits,
+            weight.group_size,
+            bias,
         )
-        parts = [self._weight.codes, self._weight.scales, self._weight.zeros, *([] if bias is None else [bias])]
+        parts = [
+            self._weight.codes,
+            self._weight.scales,
+            self._weight.zeros,
+            *([] if bias is None else [bias]),
+        ]
         self.nbytes = sum(part.numel() * part.element_size() for part in parts)
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:

@@ -136,7 +136,7 @@ def build_calibration_set(
             f"calibration {source}: {tokens} tokens, too little to calibrate on; "
             f"give text of at least {MIN_BLOCK_TOKENS} tokens in one document"
         )
-    # Full blocks first: they cost the same padding-free pass and say more. Python's generator is stable across versions.
+    # Full blocks first: they say more for the same pass. Python's generator is stable across versions.
     random.Random(seed).shuffle(blocks)
     blocks.sort(key=lambda block: len(block) < max_calib_seq_len)
     return CalibrationSet(tuple(blocks[:max_calib_samples]), source)

@@ -36,9 +36,7 @@ class HalfWeightLinear(nn.Module):
         if rows <= MEMORY_BOUND_ROWS:
             bias = None if self.bias is None else self.bias.to(self.weight.dtype)
             return nn.functional.linear(x.to(self.weight.dtype), self.weight, bias).to(x.dtype)
-        return nn.functional.linear(
-            x, self.weight.to(x.dtype), None if self.bias is None else self.bias.to(x.dtype)
-        )
+        return nn.functional.linear(x, self.weight.to(x.dtype), None if self.bias is None else self.bias.to(x.dtype))
 
 
 def choose_compute_dtype(network: Any, device: torch.device) -> torch.dtype:

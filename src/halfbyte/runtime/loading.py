@@ -71,9 +71,7 @@ def _place_quantized(
         try:
             linear = network.get_submodule(name)
         except AttributeError:
-            raise CheckpointError(
-                f"tensor {name}.qweight: the model in config.json has no module {name}"
-            ) from None
+            raise CheckpointError(f"tensor {name}.qweight: the model in config.json has no module {name}") from None
         keys = ("qweight", "qzeros", "scales", "bias")
         packed = {key: checkpoint.read(f"{name}.{key}") for key in keys if f"{name}.{key}" in checkpoint}
         tensor = gemm.unpack(packed, group_size=layout.group_size, name=name)
@@ -86,9 +84,7 @@ def _place_quantized(
         network.set_submodule(name, module)
         kernels[module.kernel_name] += 1
     if not kernels:
-        raise CheckpointError(
-            f"{checkpoint.folder}: config.json announces quantized linears, the files hold none"
-        )
+        raise CheckpointError(f"{checkpoint.folder}: config.json announces quantized linears, the files hold none")
     return kernels
 
 
