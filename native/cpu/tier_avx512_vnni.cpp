@@ -3,7 +3,7 @@
 // This is the 16-bit-activation mode, so the byte dot product of VNNI is not used yet; what AVX-512 brings here is the
 // table look-up: vpermps takes its index from the low four bits of each lane, so a nibble needs no mask and no
 // conversion: shift, look up, multiply-add.
-#ifndef HALFBYTE_AVX512_INTRINSICS  // tests/native puts a scalar model of the intrinsics here
+#ifndef HALFBYTE_AVX512_INTRINSICS  // tests/kernels puts a scalar model of the intrinsics here
 #define HALFBYTE_AVX512_INTRINSICS <immintrin.h>
 #endif
 #include HALFBYTE_AVX512_INTRINSICS

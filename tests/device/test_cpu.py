@@ -1,0 +1,48 @@
+"""What the machine says of itself, on this machine and on made-up ones."""
+
+from pathlib import Path
+
+import pytest
+
+from halfbyte.device import cpu
+from halfbyte.errors import ConfigError
+
+
+def test_snapshot() -> None:
+    info = cpu.cpu_info()
+    assert info.tiers[-1] == "portable"
+    assert 1 <= info.usable_cores <= info.logical_cores
+    assert info.memory_bytes > 2**28
+    assert info.model
+
+
+@pytest.mark.parametrize(
+    ("files", "quota"),
+    [
+        ({"cpu.max": "150000 100000\n"}, 1.5),
+        ({"cpu.max": "max 100000\n"}, None),
+        ({"cpu/cpu.cfs_quota_us": "400000\n", "cpu/cpu.cfs_period_us": "100000\n"}, 4.0),
+        ({"cpu/cpu.cfs_quota_us": "-1\n", "cpu/cpu.cfs_period_us": "100000\n"}, None),
+        ({"cpu.max": "nonsense\n"}, None),
+        ({}, None),
+    ],
+)
+def test_cgroup_quota(tmp_path: Path, files: dict[str, str], quota: float | None) -> None:
+    for name, text in files.items():
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text(text)
+    assert cpu.cgroup_quota(tmp_path) == quota
+
+
+def test_thread_count_can_be_forced(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HALFBYTE_THREADS", "3")
+    assert cpu.thread_count() == 3
+    for wrong in ("0", "many", "-1", "99999"):
+        monkeypatch.setenv("HALFBYTE_THREADS", wrong)
+        with pytest.raises(ConfigError, match="HALFBYTE_THREADS"):
+            cpu.thread_count()
+
+
+def test_measurements_are_positive() -> None:
+    assert cpu.read_bandwidth(1 << 20, repeats=1) > 1e8
+    assert cpu.peak_flops() > 1e8

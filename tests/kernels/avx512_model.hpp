@@ -1,0 +1,70 @@
+// A scalar model of the AVX-512 and F16C intrinsics the avx512_vnni tier uses, each written from its documented operation,
+// so that the tier's code is checked on machines that cannot run it. See test_avx512_model.py.
+#pragma once
+
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+
+#include "dtypes.hpp"
+
+struct __m128i_model { std::uint16_t half[8]; };
+struct __m256_model { float lane[8]; };
+struct __m512_model { float lane[16]; };
+struct __m512i_model { std::uint32_t lane[16]; };
+#define __m128i __m128i_model
+#define __m256 __m256_model
+#define __m512 __m512_model
+#define __m512i __m512i_model
+#define _MM_FROUND_TO_NEAREST_INT 0
+
+template <class V, class Fn>
+inline V model_lanes(Fn fn) {
+    V out;
+    for (int i = 0; i < 16; ++i) out.lane[i] = fn(i);
+    return out;
+}
+
+inline __m512 _mm512_loadu_ps(const void* p) { __m512 v; std::memcpy(&v, p, 64); return v; }
+inline void _mm512_storeu_ps(void* p, __m512 v) { std::memcpy(p, &v, 64); }
+// The aligned load faults on any other address; here it ends the program.
+inline __m512i _mm512_load_si512(const void* p) {
+    if (reinterpret_cast<std::uintptr_t>(p) % 64 != 0) __builtin_trap();
+    __m512i v;
+    std::memcpy(&v, p, 64);
+    return v;
+}
+inline __m512 _mm512_set1_ps(float a) { return model_lanes<__m512>([&](int) { return a; }); }
+template <class... T>
+inline __m512 _mm512_setr_ps(T... values) {
+    static_assert(sizeof...(T) == 16, "sixteen lanes");
+    return __m512{{static_cast<float>(values)...}};
+}
+inline __m512 _mm512_add_ps(__m512 a, __m512 b) { return model_lanes<__m512>([&](int i) { return a.lane[i] + b.lane[i]; }); }
+inline __m512 _mm512_mul_ps(__m512 a, __m512 b) { return model_lanes<__m512>([&](int i) { return a.lane[i] * b.lane[i]; }); }
+// One rounding.
+inline __m512 _mm512_fmadd_ps(__m512 a, __m512 b, __m512 c) {
+    return model_lanes<__m512>([&](int i) { return std::fma(a.lane[i], b.lane[i], c.lane[i]); });
+}
+inline __m512i _mm512_srli_epi32(__m512i a, unsigned count) {
+    return model_lanes<__m512i>([&](int i) { return count > 31 ? 0u : a.lane[i] >> count; });
+}
+// dst[i] = a[idx[i] & 15]: only the low four bits of an index count.
+inline __m512 _mm512_permutexvar_ps(__m512i idx, __m512 a) {
+    return model_lanes<__m512>([&](int i) { return a.lane[idx.lane[i] & 15u]; });
+}
+
+inline __m128i _mm_loadu_si128(const __m128i* p) { __m128i v; std::memcpy(&v, p, 16); return v; }
+inline void _mm_storeu_si128(__m128i* p, __m128i v) { std::memcpy(p, &v, 16); }
+inline __m256 _mm256_loadu_ps(const float* p) { __m256 v; std::memcpy(&v, p, 32); return v; }
+inline void _mm256_storeu_ps(float* p, __m256 v) { std::memcpy(p, &v, 32); }
+inline __m256 _mm256_cvtph_ps(__m128i a) {
+    __m256 v;
+    for (int i = 0; i < 8; ++i) v.lane[i] = halfbyte::from_f16(a.half[i]);
+    return v;
+}
+inline __m128i _mm256_cvtps_ph(__m256 a, int) {
+    __m128i v;
+    for (int i = 0; i < 8; ++i) v.half[i] = halfbyte::to_f16(a.lane[i]);
+    return v;
+}
