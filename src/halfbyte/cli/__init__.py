@@ -10,7 +10,7 @@ import sys
 import typer
 
 from halfbyte.cli import backends, doctor, evaluate, generate, models, quantize
-from halfbyte.cli.render import fail
+from halfbyte.cli.render import fail, interruptible
 from halfbyte.errors import HalfbyteError
 
 app = typer.Typer(
@@ -22,12 +22,12 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
 )
-app.command("quantize")(quantize.command)
-app.command("generate")(generate.command)
-app.command("eval")(evaluate.command)
+app.command("quantize")(interruptible(quantize.command))
+app.command("generate")(interruptible(generate.command))
+app.command("eval")(interruptible(evaluate.command))
 app.add_typer(models.app, name="models")
-app.command("backends")(backends.command)
-app.command("doctor")(doctor.command)
+app.command("backends")(interruptible(backends.command))
+app.command("doctor")(interruptible(doctor.command))
 
 
 def main() -> None:
@@ -36,8 +36,6 @@ def main() -> None:
         app()
     except HalfbyteError as error:
         fail(str(error))
-    except KeyboardInterrupt:
-        fail("stopped by Ctrl-C; nothing unfinished was kept")
     except BrokenPipeError:
         # The reader of our output has gone (`halfbyte … | head`): nothing is left to say, not even at exit.
         sys.stderr.close()

@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from halfbyte.cli.render import JsonFlag, print_json, print_table
+from halfbyte.cli.render import JsonFlag, interruptible, print_json, print_table
 
 app = typer.Typer(
     help="The models halfbyte knows by name.",
@@ -34,6 +34,7 @@ def list_command(json: JsonFlag = False) -> None:
 
 
 @app.command("pull")
+@interruptible
 def pull_command(
     model: Annotated[str, typer.Argument(help="sample:NAME or a hub name.")], json: JsonFlag = False
 ) -> None:

@@ -2,14 +2,34 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Annotated, Any, NoReturn
 
 import typer
 
+from halfbyte.errors import HalfbyteError
+
 JsonFlag = Annotated[bool, typer.Option("--json", help="Print one JSON document instead of a table.")]
+
+
+class InterruptedByUser(HalfbyteError):
+    """Ctrl-C."""
+
+
+def interruptible(command: Callable[..., None]) -> Callable[..., None]:
+    """Turn Ctrl-C into an error of ours before typer makes "Aborted!" and an exit code of its own of it."""
+
+    @functools.wraps(command)
+    def wrapped(*args: Any, **kwargs: Any) -> None:
+        try:
+            command(*args, **kwargs)
+        except KeyboardInterrupt:
+            raise InterruptedByUser("stopped by Ctrl-C; nothing unfinished was kept") from None
+
+    return wrapped
 
 
 def fail(message: str) -> NoReturn:

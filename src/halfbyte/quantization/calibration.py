@@ -20,6 +20,8 @@ from halfbyte.errors import CalibrationError
 # A block shorter than this tells less about activations than its padding-free forward pass costs.
 MIN_BLOCK_TOKENS = 16
 HELD_OUT_EVERY = 5
+# Shorter runs of text (a heading, "Changed in version 3.8") recur without meaning that the prose does.
+PARAGRAPH_CHARACTERS = 80
 
 
 @dataclass(frozen=True)
@@ -57,13 +59,30 @@ def builtin_documents(split: str = "calibration") -> list[str]:
     """Prose that ships with Python itself: the language reference, one topic a document.
 
     Args:
-        split: "calibration", or "heldout" for every fifth topic, which calibration never sees.
+        split: "calibration", or "heldout" for about a fifth that shares no paragraph with it.
     """
     from pydoc_data.topics import topics
 
-    ordered = [topics[name] for name in sorted(topics)]
+    families = _families([topics[name] for name in sorted(topics)])
     held_out = split == "heldout"
-    return [text for index, text in enumerate(ordered) if (index % HELD_OUT_EVERY == 0) == held_out]
+    return [
+        document
+        for index, family in enumerate(sorted(families, key=len))
+        for document in family
+        if (index % HELD_OUT_EVERY == 0) == held_out
+    ]
+
+
+def _families(documents: Sequence[str]) -> list[list[str]]:
+    """Documents that share a paragraph stand together: pydoc prints the same section under several topics."""
+    families: list[tuple[list[str], set[str]]] = []
+    for document in dict.fromkeys(documents):
+        paragraphs = {text for part in document.split("\n\n") if len(text := part.strip()) >= PARAGRAPH_CHARACTERS}
+        related = [family for family in families if family[1] & paragraphs]
+        families = [family for family in families if not family[1] & paragraphs]
+        members = [member for family in related for member in family[0]] + [document]
+        families.append((members, paragraphs.union(*(family[1] for family in related))))
+    return [members for members, _ in families]
 
 
 def read_documents(calibration: str | Path | Sequence[str]) -> tuple[list[str], str]:

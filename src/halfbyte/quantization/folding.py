@@ -123,6 +123,7 @@ def candidate_folds(block: nn.Module, config: Any) -> list[Fold]:
     return folds
 
 
+@torch.no_grad()
 def proven(
     block: nn.Module, folds: Sequence[Fold], hidden: torch.Tensor, kwargs: dict[str, Any], seed: int = 0
 ) -> list[tuple[Fold, float]]:

@@ -1,0 +1,197 @@
+"""Scales, clipping and folds against their definitions."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from halfbyte.architectures.skeleton import find_decoder_blocks, named_linears, weight_of
+from halfbyte.quantization.clipping import search_clip
+from halfbyte.quantization.config import QuantConfig
+from halfbyte.quantization.folding import PROOF_TOLERANCE, Fold, candidate_folds, proven
+from halfbyte.quantization.grid import Grid
+from halfbyte.quantization.scaling import gram_error, search_scales
+from halfbyte.quantization.statistics import InputStatistics, StatisticsCollector, group_by_input
+
+
+def statistics_of(x: torch.Tensor, names: tuple[str, ...] = ("a",)) -> InputStatistics:
+    width = x.shape[-1]
+    found = InputStatistics(names, torch.zeros(width, width), torch.zeros(width))
+    found.add(x)
+    found.finish()
+    return found
+
+
+def salient_inputs(tokens: int = 256, width: int = 64) -> torch.Tensor:
+    """Activations a few of whose channels are far larger than the rest: where AWQ has something to gain."""
+    x = torch.randn(tokens, width, generator=torch.Generator().manual_seed(0))
+    x[:, ::16] *= 30
+    return x
+
+
+def block_of(folder: Path) -> tuple[Any, torch.nn.Module, torch.Tensor, dict[str, Any]]:
+    """The model, its first block in fp32, some input and the block's other arguments."""
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    hidden = torch.randn(2, 12, model.config.hidden_size, generator=torch.Generator().manual_seed(0))
+    rotary = model.model.rotary_emb(hidden, torch.arange(12).unsqueeze(0))
+    return model, find_decoder_blocks(model)[1][0], hidden, {"position_embeddings": rotary}
+
+
+def test_gram_error_is_the_mean_squared_change_of_the_output() -> None:
+    x, delta = salient_inputs(), torch.randn(8, 64)
+    expected = (x.double() @ delta.double().T).pow(2).sum(dim=1).mean()
+    assert float(gram_error(delta, statistics_of(x).gram)) == pytest.approx(float(expected), rel=1e-4)
+
+
+def test_statistics_do_not_depend_on_how_tokens_are_batched() -> None:
+    x = salient_inputs()
+    whole, parts = statistics_of(x), InputStatistics(("a",), torch.zeros(64, 64), torch.zeros(64))
+    for part in x.split(50):
+        parts.add(part)
+    parts.finish()
+    assert parts.tokens == whole.tokens == 256
+    torch.testing.assert_close(parts.gram, whole.gram, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(parts.mean_abs, x.abs().mean(dim=0), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("duo_scaling", [True, False, "both"])
+def test_the_search_beats_the_identity_on_salient_channels_and_leaves_weights_alone(duo_scaling: Any) -> None:
+    weight, grid = torch.randn(32, 64), Grid(4, 32, True)
+    before = weight.clone()
+    fold = Fold("norm", ("a",), torch.arange(64))
+    choice = search_scales(fold, [weight], statistics_of(salient_inputs()), grid, QuantConfig(duo_scaling=duo_scaling))
+    assert torch.equal(weight, before)
+    assert choice.tried[0][0] == "identity"
+    assert choice.error < 0.7 * choice.identity_error
+    columns = choice.scales
+    delta = grid.fake_quantize(weight * columns) / columns - weight
+    measured = float(gram_error(delta, statistics_of(salient_inputs()).gram))
+    assert choice.error == pytest.approx(measured, rel=1e-4)
+
+
+def test_the_exponents_run_from_0_to_1_inclusive() -> None:
+    fold = Fold("norm", ("a",), torch.arange(64))
+    config = QuantConfig(n_grid=4)
+    tried = [
+        label
+        for label, _ in search_scales(
+            fold, [torch.randn(8, 64)], statistics_of(salient_inputs()), Grid(4, 32, True), config
+        ).tried
+    ]
+    assert tried == [
+        "identity", "x^0/w^1", "x^0.25", "x^0.25/w^0.75", "x^0.5", "x^0.5/w^0.5", "x^0.75", "x^0.75/w^0.25", "x^1",
+    ]  # fmt: skip
+
+
+def test_dead_channels_and_bad_statistics_do_not_stop_the_search() -> None:
+    x = salient_inputs()
+    x[:, 5] = 0
+    found = statistics_of(x)
+    found.mean_abs[7] = float("nan")
+    fold = Fold("norm", ("a",), torch.arange(64))
+    choice = search_scales(fold, [torch.randn(8, 64)], found, Grid(4, 32, True), QuantConfig())
+    assert torch.isfinite(choice.scales).all()
+    assert (choice.scales > 0).all()
+
+
+def test_clipping_takes_the_best_factor_of_each_group() -> None:
+    weight = torch.randn(4, 32, generator=torch.Generator().manual_seed(0))
+    weight[0, 3] = 6.0  # an outlier that costs its group all its resolution
+    x = torch.randn(128, 32, generator=torch.Generator().manual_seed(1))
+    x[:, 3] *= 0.01
+    grid, gram = Grid(4, 16, True), statistics_of(x).gram
+    factors = search_clip(weight, gram, grid)
+    assert float(factors[0, 0]) < 0.85
+
+    def group_errors(shrink: torch.Tensor) -> torch.Tensor:
+        delta = grid.split(grid.fake_quantize(weight, shrink) - weight)
+        blocks = torch.stack([gram[:16, :16], gram[16:, 16:]])
+        return torch.einsum("ogk,gkl,ogl->og", delta, blocks, delta)
+
+    best = group_errors(factors)
+    for step in range(20):
+        assert (best <= group_errors(torch.full_like(factors, 1 - step * 0.025)) * (1 + 1e-4)).all()
+
+
+def test_every_candidate_of_a_llama_block_is_proven(tiny_llama: Path) -> None:
+    model, block, hidden, kwargs = block_of(tiny_llama)
+    folds = candidate_folds(block, model.config)
+    assert [(fold.producer, fold.consumers) for fold in folds] == [
+        ("input_layernorm", ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")),
+        ("post_attention_layernorm", ("mlp.gate_proj", "mlp.up_proj")),
+        ("mlp.up_proj", ("mlp.down_proj",)),
+        ("self_attn.v_proj", ("self_attn.o_proj",)),
+    ]
+    assert folds[3].channels == 32  # two value heads of 16 channels, each shared by two query heads
+    for _, deviation in proven(block, folds, hidden, kwargs):
+        assert deviation < PROOF_TOLERANCE
+
+
+@pytest.mark.parametrize(
+    ("producer", "consumers", "channel_of"),
+    [
+        # The scale would pass through SiLU.
+        ("mlp.gate_proj", ("mlp.down_proj",), torch.arange(96)),
+        # One consumer of the norm is forgotten.
+        ("input_layernorm", ("self_attn.q_proj", "self_attn.v_proj"), torch.arange(64)),
+        # Query heads matched to the wrong value heads.
+        ("self_attn.v_proj", ("self_attn.o_proj",), torch.arange(64) % 32),
+    ],
+)
+def test_a_wrong_fold_is_not_proven(
+    tiny_llama: Path, producer: str, consumers: tuple[str, ...], channel_of: torch.Tensor
+) -> None:
+    _, block, hidden, kwargs = block_of(tiny_llama)
+    ((_, deviation),) = proven(block, [Fold(producer, consumers, channel_of)], hidden, kwargs)
+    assert deviation > 1e-3
+
+
+def test_proving_leaves_the_block_alone(tiny_llama: Path) -> None:
+    model, block, hidden, kwargs = block_of(tiny_llama)
+    before = {name: value.clone() for name, value in block.state_dict().items()}
+    proven(block, candidate_folds(block, model.config), hidden, kwargs)
+    assert all(torch.equal(value, before[name]) for name, value in block.state_dict().items())
+
+
+def test_a_norm_rounded_for_storage_costs_nothing(tiny_llama: Path) -> None:
+    """The consumers take up exactly what rounding the divided norm to bf16 left over."""
+    model, block, hidden, kwargs = block_of(tiny_llama)
+    block.double()
+    hidden, kwargs = hidden.double(), {k: tuple(t.double() for t in v) for k, v in kwargs.items()}
+    reference = block(hidden, **kwargs)
+    fold = candidate_folds(block, model.config)[0]
+    scales = torch.exp(torch.randn(fold.channels, dtype=torch.float64))
+    effective = fold.apply(block, scales, torch.bfloat16)
+    stored = weight_of(block, "input_layernorm")
+    assert torch.equal(stored, stored.bfloat16().double())
+    assert not torch.equal(effective, scales)
+    torch.testing.assert_close(block(hidden, **kwargs), reference, rtol=1e-10, atol=1e-10)
+
+
+def test_linears_are_grouped_by_the_tensor_they_consume(tiny_llama: Path) -> None:
+    _, block, hidden, kwargs = block_of(tiny_llama)
+    assert group_by_input(block, hidden, kwargs) == [
+        ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
+        ("self_attn.o_proj",),
+        ("mlp.gate_proj", "mlp.up_proj"),
+        ("mlp.down_proj",),
+    ]
+
+
+def test_the_collector_sees_what_the_linears_see(tiny_llama: Path) -> None:
+    _, block, hidden, kwargs = block_of(tiny_llama)
+    seen: dict[str, torch.Tensor] = {}
+    for name, linear in named_linears(block):
+        linear.register_forward_pre_hook(lambda _m, args, name=name: seen.__setitem__(name, args[0].detach()))
+    with torch.no_grad():
+        collector = StatisticsCollector(block, group_by_input(block, hidden, kwargs))
+        outputs = list(collector.run([(hidden[:1], kwargs), (hidden[1:], kwargs)]))
+        assert torch.allclose(torch.cat(outputs), block(hidden, **kwargs), atol=1e-5)
+    for first, found in collector.statistics.items():
+        rows = seen[first].reshape(-1, seen[first].shape[-1])
+        torch.testing.assert_close(found.gram, rows.T @ rows / len(rows), rtol=1e-3, atol=1e-4)
