@@ -34,6 +34,17 @@ def test_cgroup_quota(tmp_path: Path, files: dict[str, str], quota: float | None
     assert cpu.cgroup_quota(tmp_path) == quota
 
 
+def test_cache_sizes(tmp_path: Path) -> None:
+    for index, texts in enumerate(
+        [("1", "Data", "48K"), ("1", "Instruction", "32K"), ("2", "Unified", "2M"), ("3", "", "")]
+    ):
+        (tmp_path / f"index{index}").mkdir()
+        for name, text in zip(("level", "type", "size"), texts, strict=True):
+            (tmp_path / f"index{index}" / name).write_text(text + "\n")
+    assert cpu.cache_sizes(tmp_path) == {"L1d": 48 << 10, "L2": 2 << 20}
+    assert cpu.cache_sizes(tmp_path / "missing") == {}
+
+
 def test_thread_count_can_be_forced(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HALFBYTE_THREADS", "3")
     assert cpu.thread_count() == 3

@@ -9,6 +9,8 @@ from pathlib import Path
 
 from halfbyte.errors import ConfigError, UnsupportedError
 
+_VECTOR_FLAGS = ("sse4", "avx", "fma", "f16c", "amx", "asimd", "sve", "i8mm", "bf16")
+
 
 @dataclass(frozen=True)
 class CpuInfo:
@@ -17,6 +19,8 @@ class CpuInfo:
     Attributes:
         model: as the system names it.
         tiers: instruction-set tiers of the native core that run here, fastest first.
+        flags: the vector and matrix extensions the system reports.
+        cache_bytes: size of each cache one core sees, such as {"L1d": 32768, "L2": 524288}; empty if unknown.
         logical_cores: of the machine.
         physical_cores: of the machine.
         usable_cores: physical cores within this process's affinity and cgroup quota: the default thread count.
@@ -25,6 +29,8 @@ class CpuInfo:
 
     model: str
     tiers: tuple[str, ...]
+    flags: tuple[str, ...]
+    cache_bytes: dict[str, int]
     logical_cores: int
     physical_cores: int
     usable_cores: int
@@ -40,6 +46,8 @@ def cpu_info() -> CpuInfo:
     return CpuInfo(
         model=_model_name(),
         tiers=tuple(_native.available_tiers()),
+        flags=tuple(sorted(flag for flag in _flags() if flag.startswith(_VECTOR_FLAGS))),
+        cache_bytes=cache_sizes(Path("/sys/devices/system/cpu/cpu0/cache")),
         logical_cores=os.cpu_count() or 1,
         physical_cores=psutil.cpu_count(logical=False) or os.cpu_count() or 1,
         usable_cores=usable_cores(),
@@ -113,8 +121,26 @@ def cgroup_quota(root: Path) -> float | None:
 
 def has_bf16_arithmetic() -> bool:
     """Whether the CPU multiplies bf16 numbers itself (AVX512-BF16, AMX-BF16, or Arm's BF16 extension)."""
-    flags = set(_cpuinfo("flags", "Features").split())
-    return bool(flags & {"avx512_bf16", "amx_bf16", "bf16"})
+    return bool(_flags() & {"avx512_bf16", "amx_bf16", "bf16"})
+
+
+def cache_sizes(folder: Path) -> dict[str, int]:
+    """Bytes of each data or unified cache described in `folder`, sysfs's `cache` of one CPU, by name."""
+    sizes: dict[str, int] = {}
+    units = {"K": 1 << 10, "M": 1 << 20, "G": 1 << 30}
+    for index in sorted(folder.glob("index*")):
+        try:
+            level, kind, size = ((index / name).read_text().strip() for name in ("level", "type", "size"))
+            if kind != "Instruction":
+                name = f"L{level}" + ("d" if kind == "Data" else "")
+                sizes[name] = int(size.rstrip("KMG")) * units.get(size[-1], 1)
+        except (OSError, ValueError, IndexError):
+            continue
+    return sizes
+
+
+def _flags() -> set[str]:
+    return set(_cpuinfo("flags", "Features").split())
 
 
 def _model_name() -> str:
