@@ -33,21 +33,20 @@ def build_skeleton(folder: str, dtype: torch.dtype) -> Any:
         dtype: dtype of the parameters to come.
 
     Raises:
-        UnsupportedError: transformers has no causal language model for this config.
+        UnsupportedError: transformers cannot build a causal language model from this config.
     """
     import accelerate
     import transformers
 
-    config = transformers.AutoConfig.from_pretrained(folder, local_files_only=True)
-    with accelerate.init_empty_weights(include_buffers=False):
-        try:
+    try:
+        config = transformers.AutoConfig.from_pretrained(folder, local_files_only=True)
+        with accelerate.init_empty_weights(include_buffers=False):
             model = transformers.AutoModelForCausalLM.from_config(config, dtype=dtype)
-        except (ValueError, ImportError) as error:
-            reason = str(error).strip().splitlines()[0]
-            raise UnsupportedError(
-                f"{folder}: transformers has no causal language model for model_type "
-                f"{getattr(config, 'model_type', None)!r} ({reason})"
-            ) from error
+    except Exception as error:  # a config is a stranger's file, and each architecture fails on it in a way of its own
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise UnsupportedError(
+            f"{folder}: transformers cannot build a causal language model from it: {reason}"
+        ) from error
     model.tie_weights()
     model.requires_grad_(False)
     return model.eval()

@@ -15,7 +15,7 @@ from halfbyte.errors import HalfbyteError
 JsonFlag = Annotated[bool, typer.Option("--json", help="Print one JSON document instead of a table.")]
 
 
-class InterruptedByUser(HalfbyteError):
+class InterruptionError(HalfbyteError):
     """Ctrl-C."""
 
 
@@ -27,7 +27,7 @@ def interruptible(command: Callable[..., None]) -> Callable[..., None]:
         try:
             command(*args, **kwargs)
         except KeyboardInterrupt:
-            raise InterruptedByUser("stopped by Ctrl-C; nothing unfinished was kept") from None
+            raise InterruptionError("stopped by Ctrl-C; nothing unfinished was kept") from None
 
     return wrapped
 

