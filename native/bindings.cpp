@@ -11,6 +11,7 @@
 #include <string>
 #include <vector>
 
+#include "cpu/half_multiply.hpp"
 #include "cpu/isa.hpp"
 #include "cpu/measure.hpp"
 #include "cpu/thread_pool.hpp"
@@ -61,6 +62,17 @@ void multiply(const W4Matrix& matrix, std::uintptr_t x, std::size_t x_stride, st
     matrix.multiply(reinterpret_cast<const void*>(x), x_stride, reinterpret_cast<void*>(y), m, static_cast<DType>(dtype));
 }
 
+// Likewise addresses, of tensors that kernels/half_linear.py has just checked.
+void half_product(std::uintptr_t weight, int dtype, int rows, int cols, std::uintptr_t bias, std::uintptr_t x,
+                  std::uintptr_t y, int m, const std::string& tier) {
+    if (rows < 1 || cols < 1 || m < 1 || (dtype != 1 && dtype != 2) || !weight || !x || !y)
+        throw nb::value_error("half_multiply: bad arguments");
+    const Tier& picked = tier_named(tier);
+    nb::gil_scoped_release release;
+    half_multiply(picked, reinterpret_cast<const void*>(weight), static_cast<DType>(dtype), rows, cols,
+                  reinterpret_cast<const float*>(bias), reinterpret_cast<const float*>(x), reinterpret_cast<float*>(y), m);
+}
+
 void dequantize(const W4Matrix& matrix, MutableFloats2 out) {
     if (out.shape(0) != static_cast<std::size_t>(matrix.rows()) || out.shape(1) != static_cast<std::size_t>(matrix.cols()))
         throw nb::value_error("out: must be [rows, columns]");
@@ -98,6 +110,8 @@ NB_MODULE(_native, m) {
             return measure_peak_flops(picked);
         },
         "tier"_a);
+
+    m.def("half_multiply", &half_product, "weight"_a, "dtype"_a, "rows"_a, "cols"_a, "bias"_a, "x"_a, "y"_a, "m"_a, "tier"_a);
 
     nb::class_<W4Matrix>(m, "W4Matrix", "An INT4 matrix in kernel layout.")
         .def(nb::new_(&make_matrix), "codes"_a, "scales"_a, "offsets"_a, "bias"_a.none(), "group_size"_a, "tier"_a)

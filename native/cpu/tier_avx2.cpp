@@ -23,6 +23,14 @@ struct Avx2 : F16C {
     static F fma(F a, F b, F c) { return _mm256_fmadd_ps(a, b, c); }
     static I load_words(const std::uint32_t* p) { return _mm256_load_si256(reinterpret_cast<const __m256i*>(p)); }
 
+    static F load_bf16(const std::uint16_t* p) {
+        const I wide = _mm256_cvtepu16_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
+        return _mm256_castsi256_ps(_mm256_slli_epi32(wide, 16));
+    }
+    static F load_f16(const std::uint16_t* p) {
+        return _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
+    }
+
     static constexpr const float (&INPUT_SCALE)[OCTET] = IN_PLACE_SCALE;
     template <int N>
     static F code(I words) {

@@ -30,6 +30,14 @@ struct Avx512 : F16C {
     static F fma(F a, F b, F c) { return _mm512_fmadd_ps(a, b, c); }
     static I load_words(const std::uint32_t* p) { return _mm512_load_si512(p); }
 
+    static F load_bf16(const std::uint16_t* p) {
+        const I wide = _mm512_cvtepu16_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
+        return _mm512_castsi512_ps(_mm512_slli_epi32(wide, 16));
+    }
+    static F load_f16(const std::uint16_t* p) {
+        return _mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
+    }
+
     static constexpr float INPUT_SCALE[OCTET] = {1, 1, 1, 1, 1, 1, 1, 1};
     template <int N>
     static F code(I words) {

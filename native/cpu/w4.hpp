@@ -26,6 +26,8 @@ constexpr int NIBBLE_INPUT[OCTET] = {0, 4, 1, 5, 2, 6, 3, 7};
 constexpr int SMALL_M = 16;
 // Their activation rows are taken this many at a time, then what is left.
 constexpr int GEMV_TILE = 4;
+// Activation rows a product with a 16-bit weight takes at most.
+constexpr int HALF_ROWS = 4;
 
 enum class DType : int { f32 = 0, bf16 = 1, f16 = 2 };
 
@@ -66,6 +68,9 @@ struct Tier {
     void (*pack_tile)(const W4View&, const void* source, std::size_t stride, DType, int m, int tile, float* x);
     // Any M. x: tiles of [8·octets][tile_rows], zero beyond M and cols.
     void (*gemm)(const W4View&, const float* x, int m, const Output&, int panel_begin, int panel_end);
+    // M <= HALF_ROWS, weight [..][cols] in bf16 or f16; x: [M][x_stride] float32, zero from cols to a multiple of 64.
+    void (*half_multiply)(const void* weight, DType, int cols, const float* x, std::size_t x_stride, int m, const Output&,
+                          int row_begin, int row_end);
     // For the rooflines: read n bytes (a multiple of 256); run `steps` rounds of independent FMAs, returning their flops.
     float (*read)(const void* data, std::size_t n);
     double (*fma)(std::int64_t steps, float* sink);

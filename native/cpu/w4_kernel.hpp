@@ -28,6 +28,7 @@
 #include <cstring>
 
 #include "dtypes.hpp"
+#include "half_kernel.hpp"
 #include "w4.hpp"
 
 namespace halfbyte {
@@ -302,8 +303,9 @@ struct W4Kernel {
     }
 
     static constexpr Tier tier(const char* name) {
-        return {name, S::GEMV_BLOCKS, TILE_ROWS, PANEL_BLOCKS, prepare_row, gemv, pack_tile, gemm, read, fma};
-    ; }
+        return {name,      S::GEMV_BLOCKS, TILE_ROWS, PANEL_BLOCKS,           prepare_row, gemv,
+                pack_tile, gemm,           HalfKernel<S>::multiply,           read,        fma};
+    }
 };
 
 }  // namespace

@@ -6,6 +6,7 @@
 #include <random>
 #include <vector>
 
+#include "half_multiply.hpp"
 #include "w4_matrix.hpp"
 
 namespace {
@@ -82,10 +83,40 @@ int check(int n, int k, int g) {
     return failures;
 }
 
+// A product with a 16-bit weight whose width is no multiple of the kernel's step.
+int check_half(halfbyte::DType dtype) {
+    constexpr int rows = 37, cols = 150;
+    int failures = 0;
+    std::vector<std::uint16_t> weight(rows * cols);
+    constexpr int MOST = halfbyte::HALF_ROWS + 2;
+    std::vector<float> x(MOST * cols), bias(rows), first;
+    for (auto& w : weight) w = dtype == halfbyte::DType::bf16 ? halfbyte::to_bf16(uniform()) : halfbyte::to_f16(uniform());
+    for (auto& value : x) value = uniform();
+    for (auto& b : bias) b = uniform();
+    for (int m = 1; m <= MOST; ++m) {
+        std::vector<float> y(m * rows);
+        halfbyte::half_multiply(*halfbyte::avx512_vnni_tier(), weight.data(), dtype, rows, cols, bias.data(), x.data(),
+                                y.data(), m);
+        for (int i = 0; i < m * rows; ++i) {
+            double sum = bias[i % rows];
+            for (int k = 0; k < cols; ++k) {
+                const std::uint16_t w = weight[i % rows * cols + k];
+                sum += static_cast<double>(x[i / rows * cols + k]) *
+                       (dtype == halfbyte::DType::bf16 ? halfbyte::from_bf16(w) : halfbyte::from_f16(w));
+            }
+            if (!(std::fabs(y[i] - sum) < 1e-4) && ++failures) std::printf("half, M = %d: %g for %g\n", m, y[i], sum);
+        }
+        if (m == 1) first = y;
+        if (std::memcmp(first.data(), y.data(), sizeof(float) * rows) != 0 && ++failures)
+            std::printf("half, M = %d: row 0 has other bits than alone\n", m);
+    }
+    return failures;
+}
+
 }  // namespace
 
 int main() {
-    int failures = 0;
+    int failures = check_half(halfbyte::DType::bf16) + check_half(halfbyte::DType::f16);
     const int shapes[][3] = {{1, 8, 8}, {7, 24, 8}, {16, 64, 32}, {33, 172, 64}, {33, 64, 64}, {64, 576, 64}, {48, 576, 128},
                              {80, 1536, 128}};
     for (const auto& shape : shapes) failures += check(shape[0], shape[1], shape[2]);

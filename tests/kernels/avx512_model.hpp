@@ -9,10 +9,12 @@
 #include "dtypes.hpp"
 
 struct __m128i_model { std::uint16_t half[8]; };
+struct __m256i_model { std::uint16_t half[16]; };
 struct __m256_model { float lane[8]; };
 struct __m512_model { float lane[16]; };
 struct __m512i_model { std::uint32_t lane[16]; };
 #define __m128i __m128i_model
+#define __m256i __m256i_model
 #define __m256 __m256_model
 #define __m512 __m512_model
 #define __m512i __m512i_model
@@ -54,6 +56,17 @@ inline __m512 _mm512_permutexvar_ps(__m512i idx, __m512 a) {
     return model_lanes<__m512>([&](int i) { return a.lane[idx.lane[i] & 15u]; });
 }
 
+inline __m256i _mm256_loadu_si256(const __m256i* p) { __m256i v; std::memcpy(&v, p, 32); return v; }
+inline __m512i _mm512_cvtepu16_epi32(__m256i a) {
+    return model_lanes<__m512i>([&](int i) { return static_cast<std::uint32_t>(a.half[i]); });
+}
+inline __m512i _mm512_slli_epi32(__m512i a, unsigned count) {
+    return model_lanes<__m512i>([&](int i) { return count > 31 ? 0u : a.lane[i] << count; });
+}
+inline __m512 _mm512_castsi512_ps(__m512i a) { __m512 v; std::memcpy(&v, &a, 64); return v; }
+inline __m512 _mm512_cvtph_ps(__m256i a) {
+    return model_lanes<__m512>([&](int i) { return halfbyte::from_f16(a.half[i]); });
+}
 inline __m128i _mm_loadu_si128(const __m128i* p) { __m128i v; std::memcpy(&v, p, 16); return v; }
 inline void _mm_storeu_si128(__m128i* p, __m128i v) { std::memcpy(p, &v, 16); }
 inline __m256 _mm256_loadu_ps(const float* p) { __m256 v; std::memcpy(&v, p, 32); return v; }

@@ -16,7 +16,12 @@ NATIVE = HERE.parents[1] / "native/cpu"
 @pytest.mark.skipif(shutil.which("g++") is None, reason="needs g++ to compile the tier against the model")
 def test_tier_on_modelled_intrinsics(tmp_path: Path) -> None:
     program = tmp_path / "check"
-    sources = [HERE / "avx512_check.cpp", NATIVE / "w4_matrix.cpp", NATIVE / "thread_pool.cpp"]
+    sources = [
+        HERE / "avx512_check.cpp",
+        NATIVE / "half_multiply.cpp",
+        NATIVE / "w4_matrix.cpp",
+        NATIVE / "thread_pool.cpp",
+    ]
     flags = ["-std=c++17", "-O1", "-ffp-contract=off", "-pthread", f"-I{NATIVE}", f"-I{HERE}"]
     subprocess.run(["g++", *flags, *map(str, sources), "-o", str(program)], check=True)
     run = subprocess.run([str(program)], capture_output=True, text=True, timeout=60, check=False)

@@ -14,7 +14,7 @@ from halfbyte.checkpoints.reader import Checkpoint
 from halfbyte.device.torch_device import pick_device
 from halfbyte.errors import CheckpointError
 from halfbyte.formats import gemm
-from halfbyte.runtime.compute_dtype import choose_compute_dtype
+from halfbyte.runtime.compute_dtype import prepare_for_cpu
 from halfbyte.runtime.quant_linear import QuantLinear
 
 
@@ -57,8 +57,8 @@ def load_network(folder: Path, *, device: str = "auto", backend: str = "auto") -
     fill(network, "", checkpoint)
     network.tie_weights()
     network.to(target)
-    if layout is not None:
-        choose_compute_dtype(network, target)
+    if layout is not None and target.type == "cpu":
+        prepare_for_cpu(network)
     return LoadedNetwork(network, folder, layout is not None, dict(kernels))
 
 
