@@ -1,7 +1,7 @@
 """y = x · Wᵀ + bias with W in bf16 or fp16 and x, y in fp32, on the CPU: the output head of a quantized model.
 
-A few rows are multiplied natively, the weight read in place (native/cpu/half_kernel.hpp: bound by reading it). Many rows
-are bound by arithmetic, which torch does well once the weight is widened.
+A few rows are multiplied natively, the weight read in place (native/cpu/half_kernel.hpp: bound by reading it). Many
+rows are bound by arithmetic, which torch does well once the weight is widened.
 """
 
 from __future__ import annotations

@@ -51,7 +51,7 @@ def prepare_for_cpu(network: Any) -> None:
         if id(parameter) not in kept:
             parameter.data = parameter.data.float()
     embedding.register_forward_hook(lambda _module, _args, output: output.float())
-    network.set_output_embeddings(HalfWeightLinear(head.weight, head.bias))
+    network.set_output_embeddings(HalfWeightLinear(nn.Parameter(head.weight.data, requires_grad=False), head.bias))
     _keep_torch_single_threaded_in_small_steps(network)
 
 
