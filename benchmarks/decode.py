@@ -3,7 +3,7 @@
     python benchmarks/decode.py
 
 Both are loaded once and measured in turn, several times; medians and the ratio are printed, then one JSON document on
-the last line. The floor beside them is the time to read the weights a token needs at the bandwidth measured in this run.
+last line. The limit beside them is how often the weights a token needs can be read, at the bandwidth measured here.
 """
 
 from __future__ import annotations

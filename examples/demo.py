@@ -27,17 +27,17 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("-o", "--output", type=Path, default=Path("demo-output"), help="folder for the 4-bit model")
     parser.add_argument("--max-calib-samples", type=int, default=16, help="calibration blocks of 512 tokens")
-    output = parser.parse_args()
+    options = parser.parse_args()
     console = Console()
     start = time.perf_counter()
 
     console.print(f"[bold]1. Quantize[/] {MODEL} to 4 bits with AWQ, calibrated on Python's own documentation")
-    report = halfbyte.quantize(MODEL, output.output, max_calib_samples=output.max_calib_samples, overwrite=True)
+    report = halfbyte.quantize(MODEL, options.output, max_calib_samples=options.max_calib_samples, overwrite=True)
     console.print(f"   {report.seconds:.0f} s; saved to {report.output_dir}")
 
-    console.print("[bold]2. Load[/] both models and measure them on text neither calibration nor training was given")
+    console.print("[bold]2. Load[/] both models and measure them on text that calibration has not seen")
     before = measure(console, "bf16", halfbyte.load(MODEL))
-    after = measure(console, "INT4", halfbyte.load(output.output))
+    after = measure(console, "INT4", halfbyte.load(options.output))
 
     sizes = {
         "whole checkpoint": (report.total_bytes_before, report.total_bytes_after),
@@ -62,7 +62,7 @@ def main() -> None:
     console.print(f"[bold]bf16[/]  {before['text']}", highlight=False)
     console.print(f"[bold]INT4[/]  {after['text']}", highlight=False)
     console.print(
-        f"\n{time.perf_counter() - start:.0f} s in all. Try it: halfbyte generate {output.output} --chat 'Hello!'"
+        f"\n{time.perf_counter() - start:.0f} s in all. Try it: halfbyte generate {options.output} --chat 'Hello!'"
     )
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -17,7 +18,7 @@ import torch
 import halfbyte
 from halfbyte import QuantConfig
 from halfbyte.checkpoints.reader import Checkpoint
-from halfbyte.errors import CalibrationError, ConfigError, HalfbyteError, OutputError, UnsupportedError
+from halfbyte.errors import CalibrationError, CheckpointError, ConfigError, HalfbyteError, OutputError, UnsupportedError
 from halfbyte.formats import gemm
 from tests.conftest import TEXT, make_llama
 
@@ -182,6 +183,18 @@ def test_bad_input_is_one_line_and_leaves_nothing(case: str, tiny_llama: Path, t
         halfbyte.quantize(**{"model": tiny_llama, "output_dir": tmp_path / "out", **QUICK, **arguments})
     assert "\n" not in str(error.value)
     assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_weights_that_are_not_finite_are_refused_by_name(tiny_llama: Path, tmp_path: Path) -> None:
+    from safetensors.torch import load_file, save_file
+
+    shutil.copytree(tiny_llama, tmp_path / "nan")
+    tensors = load_file(tmp_path / "nan" / "model.safetensors")
+    tensors["model.layers.1.mlp.up_proj.weight"][3, 5] = float("nan")
+    save_file(tensors, tmp_path / "nan" / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(CheckpointError, match=r"tensor model.layers.1.mlp.up_proj.weight: holds NaN"):
+        halfbyte.quantize(tmp_path / "nan", tmp_path / "out", **QUICK)
+    assert [path.name for path in tmp_path.iterdir()] == ["nan"]
 
 
 def test_a_quantized_model_is_not_quantized_again(quantized_llama: Path, tmp_path: Path) -> None:

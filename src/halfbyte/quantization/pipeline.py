@@ -20,7 +20,7 @@ from halfbyte.checkpoints.reader import Checkpoint
 from halfbyte.checkpoints.sources import resolve_model
 from halfbyte.checkpoints.writer import CheckpointWriter
 from halfbyte.device.torch_device import pick_device
-from halfbyte.errors import ConfigError, UnsupportedError
+from halfbyte.errors import CheckpointError, ConfigError, UnsupportedError
 from halfbyte.formats import gemm
 from halfbyte.progress import Ticker, progress_bar
 from halfbyte.quantization.block import BlockResult, calibrate_block, round_block
@@ -162,7 +162,13 @@ class _Job:
 
     @contextmanager
     def _filled(self, block: nn.Module, index: int) -> Iterator[None]:
-        fill(block, f"{self.blocks_name}.{index}", self.checkpoint, torch.float32)
+        name = f"{self.blocks_name}.{index}"
+        fill(block, name, self.checkpoint, torch.float32)
+        for local, parameter in block.named_parameters():
+            if not torch.isfinite(parameter).all():
+                raise CheckpointError(
+                    f"tensor {name}.{local}: holds NaN or infinite values, so no grid fits it; fetch the model again"
+                )
         block.to(self.device)
         try:
             yield
