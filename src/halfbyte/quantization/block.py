@@ -6,6 +6,7 @@ returned beside it. Its outputs are computed before any of that, so later blocks
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -54,7 +55,7 @@ def calibrate_block(
     batches: list[Batch],
     model_config: Any,
     config: QuantConfig,
-    store_dtype: torch.dtype,
+    dtype_on_disk: Callable[[str], torch.dtype],
 ) -> BlockResult:
     """Quantize a block with activation statistics, and move `batches` on to the next one.
 
@@ -65,7 +66,7 @@ def calibrate_block(
         batches: `hidden` is replaced by this block's output.
         model_config: the Hugging Face config.
         config: group size resolved.
-        store_dtype: of the tensors that stay in 16 bit.
+        dtype_on_disk: full name of a tensor → the dtype it is stored in if it is not quantized.
     """
     result = BlockResult()
     first = batches[0]
@@ -75,7 +76,7 @@ def calibrate_block(
     # Every fold is applied before anything is rounded: the producer of a later fold (v, up) is a consumer of an
     # earlier one, and its rows must have their final scale when its codes are chosen.
     inputs = [
-        _scale_shared_input(block, name, shared, folds.get(shared), statistics[shared[0]], config, store_dtype)
+        _scale_shared_input(block, name, shared, folds.get(shared), statistics[shared[0]], config, dtype_on_disk)
         for shared in shared_inputs
     ]
     for scaled in inputs:
@@ -164,7 +165,7 @@ def _scale_shared_input(
     fold: Fold | None,
     statistics: InputStatistics,
     config: QuantConfig,
-    store_dtype: torch.dtype,
+    dtype_on_disk: Callable[[str], torch.dtype],
 ) -> _ScaledInput:
     """Search the scale of one shared input and fold it into the block."""
     grid = make_grid(config)
@@ -181,7 +182,8 @@ def _scale_shared_input(
         choice = search_scales(fold, weights, statistics, grid, config)
         label = choice.label
         if label != "identity":
-            columns = fold.per_column(fold.apply(block, choice.scales, store_dtype))
+            stored = dtype_on_disk(f"{name}.{fold.producer}.weight")
+            columns = fold.per_column(fold.apply(block, choice.scales, stored))
             gram = gram / columns.unsqueeze(0) / columns.unsqueeze(1)
     return _ScaledInput(names, gram, label, energy, rtn_errors)
 

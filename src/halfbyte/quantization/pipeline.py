@@ -157,8 +157,15 @@ class _Job:
         name = f"{self.blocks_name}.{index}"
         if self.calibration is None:
             return round_block(block, name, self.config)
-        store_dtype = self.checkpoint.info(self._names_by_block()[index][0]).dtype
-        return calibrate_block(block, index, name, batches, self.skeleton.config, self.config, store_dtype)
+        return calibrate_block(
+            block,
+            index,
+            name,
+            batches,
+            self.skeleton.config,
+            self.config,
+            lambda tensor: self.checkpoint.info(tensor).dtype,
+        )
 
     @contextmanager
     def _filled(self, block: nn.Module, index: int) -> Iterator[None]:
@@ -181,7 +188,7 @@ class _Job:
         prefix = self.blocks_name + "."
         for name in self.checkpoint.names():
             number = name.removeprefix(prefix).partition(".")[0] if name.startswith(prefix) else ""
-            names[int(number) if number.isdigit() and int(number) in names else None].append(name)
+            names[int(number) if number.isdecimal() and int(number) in names else None].append(name)
         return names
 
     def _write_block(
