@@ -1,58 +1,25 @@
 """Lazy reading of a Hugging Face folder: one safetensors tensor at a time.
 
-Files come from strangers. A header is checked against the file it stands in before anything is allocated: its length,
-its offsets (inside the file, ascending, without gaps or overlaps) and the size each shape implies.
+Files come from strangers: every header is checked (`header.py`), and so is every name the index gives, before anything
+is allocated or opened.
 """
 
 from __future__ import annotations
 
 import json
-import math
-import struct
-from dataclasses import dataclass
+import os
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from halfbyte.checkpoints.header import DTYPES, TensorInfo, read_header, shown
 from halfbyte.errors import CheckpointError, ModelNotFoundError
 
-# The safetensors format's own limit.
-MAX_HEADER_BYTES = 100_000_000
+__all__ = ["DTYPES", "Checkpoint", "TensorInfo", "read_header", "read_json_object"]
 
-DTYPES: dict[str, torch.dtype] = {
-    "F64": torch.float64,
-    "F32": torch.float32,
-    "F16": torch.float16,
-    "BF16": torch.bfloat16,
-    "F8_E4M3": torch.float8_e4m3fn,
-    "F8_E5M2": torch.float8_e5m2,
-    "I64": torch.int64,
-    "I32": torch.int32,
-    "I16": torch.int16,
-    "I8": torch.int8,
-    "U8": torch.uint8,
-    "BOOL": torch.bool,
-}
-
-
-@dataclass(frozen=True)
-class TensorInfo:
-    """Where a tensor is and what it looks like.
-
-    Attributes:
-        dtype: of its elements.
-        shape: outermost dimension first.
-        nbytes: on disk and in memory.
-        file: the safetensors file.
-        offset: of its first byte in the file.
-    """
-
-    dtype: torch.dtype
-    shape: tuple[int, ...]
-    nbytes: int
-    file: Path
-    offset: int
+# config.json and the index are text for people; larger ones are not theirs.
+MAX_JSON_BYTES = 100_000_000
 
 
 class Checkpoint:
@@ -73,21 +40,21 @@ class Checkpoint:
         """Read config.json and every safetensors header.
 
         Raises:
-            ModelNotFoundError: no such folder, or none with a config.json.
+            ModelNotFoundError: no such folder.
             CheckpointError: a file is missing, truncated, malformed or contradicts another.
         """
         folder = Path(folder)
-        if not folder.is_dir():
+        if not os.path.isdir(folder):  # noqa: PTH112  (unlike Path.is_dir, never raises)
             raise ModelNotFoundError(f"{folder}: no such folder")
-        if not (folder / "config.json").is_file():
-            raise ModelNotFoundError(f"{folder}: has no config.json; expected a Hugging Face model folder")
+        if not _is_file(folder / "config.json"):
+            raise CheckpointError(f"{folder}: has no config.json; expected a Hugging Face model folder")
         config = read_json_object(folder / "config.json")
-        tensors: dict[str, TensorInfo] = {}
         index = folder / "model.safetensors.index.json"
-        if index.is_file():
-            tensors = _read_sharded(folder, index)
-        elif (folder / "model.safetensors").is_file():
+        # transformers takes the single file first, too: the index beside it may be left over.
+        if _is_file(folder / "model.safetensors"):
             tensors = read_header(folder / "model.safetensors")
+        elif _is_file(index):
+            tensors = _read_sharded(folder, index)
         else:
             raise CheckpointError(_no_weights(folder))
         if not tensors:
@@ -106,7 +73,7 @@ class Checkpoint:
         try:
             return self._tensors[name]
         except KeyError:
-            raise CheckpointError(f"tensor {name}: not in {self.folder}") from None
+            raise CheckpointError(f"tensor {shown(name)}: not in {self.folder}") from None
 
     @property
     def total_bytes(self) -> int:
@@ -129,7 +96,7 @@ class Checkpoint:
         except OSError as error:
             raise CheckpointError(f"{info.file}: cannot be read ({error.strerror})") from error
         if done != info.nbytes:
-            raise CheckpointError(f"{info.file}: ended inside tensor {name}; it changed while it was open")
+            raise CheckpointError(f"{info.file}: ended inside tensor {shown(name)}; it changed while it was open")
         if info.nbytes == 0:
             return torch.empty(info.shape, dtype=info.dtype)
         return torch.frombuffer(data, dtype=torch.uint8).view(info.dtype).reshape(info.shape)
@@ -142,6 +109,9 @@ def read_json_object(path: Path) -> dict[str, Any]:
         CheckpointError: unreadable, not JSON, or not an object.
     """
     try:
+        size = path.stat().st_size
+        if size > MAX_JSON_BYTES:
+            raise CheckpointError(f"{path}: {size:,} bytes; expected a JSON document of at most {MAX_JSON_BYTES:,}")
         value = json.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise CheckpointError(f"{path}: cannot be read ({error.strerror})") from error
@@ -152,92 +122,9 @@ def read_json_object(path: Path) -> dict[str, Any]:
     return value
 
 
-def read_header(path: Path) -> dict[str, TensorInfo]:
-    """Names and places of the tensors of one safetensors file, checked against the file's size.
-
-    Raises:
-        CheckpointError: anything about the header is not as the format demands.
-    """
-    header, data_start, data_bytes = _parse_header(path)
-    tensors = {}
-    spans = []
-    for name, entry in header.items():
-        if name == "__metadata__":
-            continue
-        info = _tensor_info(path, name, entry, data_start)
-        spans.append((info.offset - data_start, info.nbytes, name))
-        tensors[name] = info
-    expected = 0
-    for begin, nbytes, name in sorted(spans):
-        if begin != expected:
-            what = "overlaps the tensor before it" if begin < expected else "leaves a gap before it"
-            raise CheckpointError(f"{path}: tensor {name} {what}; the file is damaged, fetch it again")
-        expected = begin + nbytes
-    if expected != data_bytes:
-        raise CheckpointError(
-            f"{path}: header describes {expected:,} bytes of tensors, the file holds {data_bytes:,}; "
-            f"it is truncated or damaged, fetch it again"
-        )
-    return tensors
-
-
-def _parse_header(path: Path) -> tuple[dict[str, Any], int, int]:
-    """The header, where the data begins and how many bytes of it there are."""
-    try:
-        size = path.stat().st_size
-        with path.open("rb") as file:
-            prefix = file.read(8)
-            if len(prefix) < 8:
-                raise CheckpointError(f"{path}: {size} bytes, too short for a safetensors header; fetch it again")
-            (length,) = struct.unpack("<Q", prefix)
-            if length > min(size - 8, MAX_HEADER_BYTES):
-                raise CheckpointError(
-                    f"{path}: announces a header of {length:,} bytes in a file of {size:,}; "
-                    f"it is truncated or no safetensors file, fetch it again"
-                )
-            raw = file.read(length)
-    except OSError as error:
-        raise CheckpointError(f"{path}: cannot be read ({error.strerror})") from error
-    try:
-        header = json.loads(raw, object_pairs_hook=_no_duplicates)
-    except (ValueError, RecursionError) as error:
-        raise CheckpointError(f"{path}: the safetensors header is not valid JSON ({error})") from None
-    if not isinstance(header, dict):
-        raise CheckpointError(f"{path}: the safetensors header is no JSON object")
-    return header, 8 + length, size - 8 - length
-
-
-def _no_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    result = dict(pairs)
-    if len(result) != len(pairs):
-        raise ValueError("a key occurs twice")
-    return result
-
-
-def _tensor_info(path: Path, name: str, entry: Any, data_start: int) -> TensorInfo:
-    """One header entry, its byte range checked against its shape and dtype."""
-
-    def naturals(value: Any) -> bool:
-        return isinstance(value, list) and all(type(item) is int and item >= 0 for item in value)
-
-    keys = {"dtype", "shape", "data_offsets"}
-    if not isinstance(entry, dict) or set(entry) != keys:
-        raise CheckpointError(f"{path}: tensor {name}: expected exactly {', '.join(sorted(keys))} in its header entry")
-    if not isinstance(entry["dtype"], str) or entry["dtype"] not in DTYPES:
-        raise CheckpointError(
-            f"{path}: tensor {name}: dtype {entry['dtype']!r} is not supported; known are {', '.join(DTYPES)}"
-        )
-    if not naturals(entry["shape"]) or not naturals(entry["data_offsets"]) or len(entry["data_offsets"]) != 2:
-        raise CheckpointError(f"{path}: tensor {name}: shape and data_offsets must be lists of non-negative integers")
-    dtype, shape = DTYPES[entry["dtype"]], tuple(entry["shape"])
-    begin, end = entry["data_offsets"]
-    nbytes = math.prod(shape) * dtype.itemsize  # Python integers: no shape overflows this product
-    if end - begin != nbytes:
-        raise CheckpointError(
-            f"{path}: tensor {name}: {entry['dtype']} {list(shape)} takes {nbytes:,} bytes, "
-            f"its data_offsets span {end - begin:,}"
-        )
-    return TensorInfo(dtype, shape, nbytes, path, data_start + begin)
+def _is_file(path: Path) -> bool:
+    """Unlike Path.is_file, False also for names no file can have and for folders that may not be entered."""
+    return os.path.isfile(path)  # noqa: PTH113
 
 
 def _read_sharded(folder: Path, index: Path) -> dict[str, TensorInfo]:
@@ -248,27 +135,38 @@ def _read_sharded(folder: Path, index: Path) -> dict[str, TensorInfo]:
     shards: dict[str, dict[str, TensorInfo]] = {}
     tensors = {}
     for name, shard in weight_map.items():
-        if not isinstance(shard, str) or not shard or Path(shard).name != shard or shard in (".", ".."):
-            raise CheckpointError(f"{index}: tensor {name}: shard {shard!r} must be a file name in the same folder")
+        where = f"{index}: tensor {shown(name)}"
+        if not _is_plain_name(shard):
+            raise CheckpointError(f"{where}: shard {shown(shard)} must be a file name in the same folder")
         if shard not in shards:
-            if not (folder / shard).is_file():
-                raise CheckpointError(f"{index}: shard {shard} is missing; fetch it again")
+            if not _is_file(folder / shard):
+                raise CheckpointError(f"{index}: shard {shown(shard)} is missing; fetch it again")
             shards[shard] = read_header(folder / shard)
         if name not in shards[shard]:
-            raise CheckpointError(f"{index}: tensor {name} is not in {shard}, where the index puts it")
+            raise CheckpointError(f"{where} is not in {shown(shard)}, where the index puts it")
         tensors[name] = shards[shard][name]
     for shard, held in shards.items():
         for name in held:
             if weight_map.get(name) != shard:
-                raise CheckpointError(f"{folder / shard}: holds tensor {name}, which the index does not place there")
+                raise CheckpointError(
+                    f"{folder / shown(shard)}: holds tensor {shown(name)}, which the index does not place there"
+                )
     return tensors
 
 
+def _is_plain_name(shard: Any) -> bool:
+    """Whether it names something in the folder itself; a link there may lead out of it, as in the hub's cache."""
+    return isinstance(shard, str) and shard not in ("", ".", "..") and not set(shard) & set("/\\\0")
+
+
 def _no_weights(folder: Path) -> str:
-    pickles = sorted(p.name for p in folder.iterdir() if p.suffix in (".bin", ".pt", ".pth", ".ckpt"))
+    names = sorted(path.name for path in folder.iterdir())
+    pickles = [name for name in names if name.endswith((".bin", ".pt", ".pth", ".ckpt"))]
     if pickles:
         return (
-            f"{folder}: its weights are a pickle ({pickles[0]}), which can run code when opened and is refused; "
+            f"{folder}: its weights are a pickle ({shown(pickles[0])}), which can run code when opened and is refused; "
             f"convert it to safetensors first"
         )
-    return f"{folder}: holds no model.safetensors and no model.safetensors.index.json"
+    others = [name for name in names if name.endswith((".safetensors", ".gguf"))]
+    found = f"; found only {shown(', '.join(others))}" if others else ""
+    return f"{folder}: holds no model.safetensors and no model.safetensors.index.json{found}"
