@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import errno
 import os
 import subprocess
 from collections.abc import Iterator
@@ -9,9 +10,9 @@ from typing import Any
 import pytest
 import torch
 
-from halfbyte.checkpoints import writer as writer_module
+from halfbyte.checkpoints import disk, shard
 from halfbyte.checkpoints.reader import Checkpoint
-from halfbyte.checkpoints.writer import CheckpointWriter
+from halfbyte.checkpoints.writer import CheckpointWriter, ensure_space
 from halfbyte.errors import OutputError
 
 
@@ -78,26 +79,32 @@ def test_an_existing_folder_needs_overwrite_and_survives_a_failure(tmp_path: Pat
     assert [path.name for path in tmp_path.iterdir()] == ["m"]
 
 
-def test_if_the_last_rename_fails_the_old_folder_comes_back(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("failure", [OSError(5, "Input/output error"), KeyboardInterrupt()])
+def test_if_the_last_rename_fails_the_old_folder_comes_back(
+    failure: BaseException, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     target = tmp_path / "m"
     write(target, 1.0)
     rename = Path.rename
 
     def refuse(self: Path, to: Any) -> Path:
-        if ".partial-" in self.name:
-            raise OSError(5, "Input/output error")
+        if ".partial-" in self.name and not target.exists():
+            raise failure
         return rename(self, to)
 
     monkeypatch.setattr(Path, "rename", refuse)
-    with pytest.raises(OutputError, match="cannot be written .Input/output error."):
+    with pytest.raises((OutputError, KeyboardInterrupt), match=r"cannot be written \(Input/output error\)|^$"):
         write(target, 2.0, overwrite=True)
     monkeypatch.undo()
     assert torch.equal(Checkpoint.open(target).read("a"), torch.ones(4))
+    assert [path.name for path in tmp_path.iterdir()] == ["m"]
 
 
 def test_targets_that_must_not_be_touched(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("x")
     (tmp_path / "link").symlink_to(tmp_path / "nothing")
+    loop = tmp_path / "loop"
+    loop.symlink_to(loop)
     home = tmp_path / "home"
     home.mkdir()
     (home / "letters.txt").write_text("x")
@@ -106,6 +113,10 @@ def test_targets_that_must_not_be_touched(tmp_path: Path) -> None:
         (tmp_path / "file", {}, "is a file"),
         (tmp_path / "file" / "below", {}, "cannot be written"),
         (tmp_path / "link", {}, "symbolic link to nothing"),
+        (loop, {}, "symbolic link to nothing"),
+        (loop / "below", {}, "cannot be written"),
+        (tmp_path / ("x" * 300), {}, "cannot be written .File name too long"),
+        (tmp_path / "a\0b", {}, "null byte"),
         (home, {"overwrite": True}, "no model folder"),
         (tmp_path / "model", {"overwrite": True, "source": tmp_path / "home" / ".." / "model"}, "is read from"),
     ]
@@ -113,6 +124,51 @@ def test_targets_that_must_not_be_touched(tmp_path: Path) -> None:
         with pytest.raises(OutputError, match=message):
             CheckpointWriter(target, **settings)
     assert (home / "letters.txt").read_text() == "x"
+
+
+@pytest.mark.parametrize("place", ["home", "cwd"])
+def test_nobody_is_put_out_of_the_folder_they_stand_in(
+    place: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write(tmp_path / "model")
+    inside = tmp_path / "model" / "inside"
+    inside.mkdir()
+    if place == "home":
+        monkeypatch.setenv("HOME", str(inside))
+    else:
+        monkeypatch.chdir(inside)
+    with pytest.raises(OutputError, match="is or contains (the current|your home) folder"):
+        CheckpointWriter(tmp_path / "model", overwrite=True)
+    assert inside.exists()
+
+
+def test_a_link_to_a_folder_stands_for_it(tmp_path: Path) -> None:
+    (tmp_path / "disk" / "m").mkdir(parents=True)
+    (tmp_path / "link").symlink_to(tmp_path / "disk" / "m")
+    write(tmp_path / "link")
+    assert (tmp_path / "link").is_symlink()
+    assert Checkpoint.open(tmp_path / "disk" / "m").names() == ["a", "b"]
+
+
+def test_what_came_into_being_meanwhile_is_not_replaced_unasked(tmp_path: Path) -> None:
+    def race() -> None:
+        with CheckpointWriter(tmp_path / "m") as writer:
+            writer.add("late", torch.ones(1))
+            write(tmp_path / "m")
+            writer.commit()
+
+    with pytest.raises(OutputError, match="exists and is not empty"):
+        race()
+    assert Checkpoint.open(tmp_path / "m").names() == ["a", "b"]
+    assert [path.name for path in tmp_path.iterdir()] == ["m"]
+
+
+def test_infinity_in_a_config_is_written_as_it_was_read(tmp_path: Path) -> None:
+    with CheckpointWriter(tmp_path / "m") as writer:
+        writer.add("a", torch.ones(1))
+        writer.add_json("config.json", {"time_step_limit": [0.0, float("inf")]})
+        writer.commit()
+    assert Checkpoint.open(tmp_path / "m").config == {"time_step_limit": [0.0, float("inf")]}
 
 
 def test_an_empty_folder_may_be_filled(tmp_path: Path) -> None:
@@ -145,7 +201,7 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
         ["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", str(folder)], capture_output=True, check=False
     )
     if mounted.returncode:
-        pytest.skip("mounting a small file system needs root")
+        pytest.skip(f"mounting a small file system needs root: {mounted.stderr.decode().strip()}")
     yield folder
     subprocess.run(["umount", str(folder)], check=True)
 
@@ -163,6 +219,56 @@ def test_a_disk_that_is_really_full(small_disk: Path) -> None:
     assert list(small_disk.iterdir()) == []
 
 
+def test_a_disk_that_fills_while_a_shard_streams(small_disk: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(shard, "SPILL_BYTES", 4096)
+    monkeypatch.setattr(shard, "HEADER_ROOM", 4096)
+
+    def fill() -> None:
+        with CheckpointWriter(small_disk / "m") as writer:
+            for number in range(64):
+                writer.add(str(number), torch.zeros(1 << 14))
+            writer.commit()
+
+    with pytest.raises(OutputError, match="the disk is full"):
+        fill()
+    assert list(small_disk.iterdir()) == []
+
+
+def test_a_mount_point_is_refused_before_the_work(small_disk: Path) -> None:
+    with pytest.raises(OutputError, match="is a mount point"):
+        CheckpointWriter(small_disk)
+
+
+def test_space_can_be_asked_for_up_front(tmp_path: Path) -> None:
+    ensure_space(tmp_path / "not" / "yet", 1)
+    with pytest.raises(OutputError, match=r"the disk is too full: 1,000,000,000,000 MB are needed, [\d,]+ MB are free"):
+        ensure_space(tmp_path / "not" / "yet", 10**18)
+
+
+@pytest.mark.parametrize(
+    ("code", "message"),
+    [
+        (errno.ENOSPC, "the disk is full: "),
+        (errno.EDQUOT, r"the disk is full \(quota\)"),
+        (errno.EACCES, r"cannot be written \(Permission denied\)"),
+        (errno.EROFS, r"cannot be written \(Read-only file system\)"),
+        (errno.EIO, r"cannot be written \(Input/output error\)"),
+    ],
+)
+def test_what_the_system_says_becomes_one_line(
+    code: int, message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*_: Any) -> None:
+        raise OSError(code, os.strerror(code))
+
+    monkeypatch.setattr(shard, "_write", refuse)
+    with pytest.raises(OutputError, match=f"^output .*/m: {message}") as error:
+        write(tmp_path / "m")
+    assert "\n" not in str(error.value)
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_the_process_umask_decides_who_may_read(tmp_path: Path) -> None:
     write(tmp_path / "m")
-    assert (tmp_path / "m").stat().st_mode & 0o777 == 0o777 & ~writer_module._umask()
+    assert (tmp_path / "m").stat().st_mode & 0o777 == 0o777 & ~disk.umask()
+    assert {path.stat().st_mode & 0o777 for path in (tmp_path / "m").iterdir()} == {0o666 & ~disk.umask()}

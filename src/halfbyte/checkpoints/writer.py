@@ -11,27 +11,29 @@ import json
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from types import TracebackType
 from typing import Any
 
 import torch
-from safetensors.torch import save_file
 
+from halfbyte.checkpoints.disk import ensure_space, fsync, umask, writes_explained
+from halfbyte.checkpoints.shard import ShardWriter, save_file
 from halfbyte.errors import OutputError
+
+__all__ = ["CheckpointWriter", "ensure_space"]
 
 # What belongs to a model beside its weights and config.json.
 COMPANIONS = (
     "tokenizer*",
     "vocab*",
-    "merges.txt",
+    "merges*",
     "special_tokens_map.json",
     "added_tokens.json",
     "generation_config.json",
     "chat_template.*",
     "*.model",
+    "*.tiktoken",
     "preprocessor_config.json",
     "processor_config.json",
     "LICENSE*",
@@ -41,11 +43,13 @@ COMPANIONS = (
 class CheckpointWriter:
     """Context manager: add tensors and documents, then `commit`.
 
+    Tensors go to disk as they come: memory stays at a few MiB and one tensor (`shard.py`).
+
     Args:
-        output_dir: the folder to be.
+        output_dir: the folder to be; a link to a folder stands for that folder.
         overwrite: replace a checkpoint that is there already.
         source: a folder that must not be the target, because it is still being read.
-        max_shard_bytes: a shard is written when the next tensor would exceed this.
+        max_shard_bytes: the next shard begins where a tensor would exceed this.
 
     Raises:
         OutputError: the target is taken, is no folder, cannot be created, or the disk is full.
@@ -57,17 +61,19 @@ class CheckpointWriter:
         *,
         overwrite: bool = False,
         source: Path | None = None,
-        max_shard_bytes: int = 5_000_000_000,
+        max_shard_bytes: int = 2_000_000_000,
     ):
-        self.target = Path(output_dir).absolute()
+        self._overwrite = overwrite
+        self._source = source
         self._max_shard_bytes = max_shard_bytes
-        self._pending: dict[str, torch.Tensor] = {}
-        self._pending_bytes = 0
+        self._shard: ShardWriter | None = None
         self._shards: list[list[str]] = []
+        self._names: set[str] = set()
         self._total_bytes = 0
         self._committed = False
-        _check_target(self.target, overwrite, source)
-        with _explained(self.target):
+        self.target = _real_target(Path(output_dir).absolute())
+        with writes_explained(self.target):
+            _check_target(self.target, overwrite, source)
             self.target.parent.mkdir(parents=True, exist_ok=True)
             self._folder = Path(tempfile.mkdtemp(prefix=f".{self.target.name}.partial-", dir=self.target.parent))
 
@@ -75,56 +81,77 @@ class CheckpointWriter:
         return self
 
     def __exit__(
-        self, kind: type[BaseException] | None, value: BaseException | None, traceback: TracebackType | None
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
+        if self._shard is not None:
+            self._shard.close()
         if not self._committed:
             shutil.rmtree(self._folder, ignore_errors=True)
 
     def add(self, name: str, tensor: torch.Tensor) -> None:
-        """Queue a tensor; full shards go to disk at once."""
-        nbytes = tensor.numel() * tensor.element_size()
-        if self._pending and self._pending_bytes + nbytes > self._max_shard_bytes:
-            self._flush()
-        self._pending[name] = tensor.detach().cpu().contiguous()
-        self._pending_bytes += nbytes
-        self._total_bytes += nbytes
+        """Write a tensor. The caller may change or free it afterwards.
+
+        Raises:
+            OutputError: the disk is full or refuses.
+            UnsupportedError: safetensors has no such dtype.
+            ValueError: the name was used before.
+        """
+        if name in self._names:
+            raise ValueError(f"tensor {name}: added twice")
+        self._names.add(name)
+        shard = self._shard
+        if shard and (shard.nbytes + tensor.nbytes > self._max_shard_bytes or not shard.has_room(name, tensor)):
+            self._finish_shard()
+        with writes_explained(self.target, tensor.nbytes):
+            if self._shard is None:
+                self._shard = ShardWriter(self._folder / f"shard-{len(self._shards)}")
+            self._shard.add(name, tensor)
+        self._total_bytes += tensor.nbytes
 
     def add_json(self, filename: str, value: Any) -> None:
-        """Write a JSON document, readable by people."""
-        self.add_text(filename, json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
+        """Write a JSON document, readable by people.
+
+        Infinity stays what Python and transformers write for it: it occurs in real config.json files (Mamba's
+        `time_step_limit`), and what was read there must not fail to be written hours later.
+        """
+        self.add_text(filename, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
 
     def add_text(self, filename: str, text: str) -> None:
         """Write a text file."""
-        with _explained(self.target):
+        with writes_explained(self.target):
             (self._folder / filename).write_text(text, encoding="utf-8")
 
     def copy_files_from(self, folder: Path) -> None:
         """Carry over tokenizer, generation config, chat template and licence."""
-        with _explained(self.target):
+        with writes_explained(self.target):
             for pattern in COMPANIONS:
                 for path in sorted(folder.glob(pattern)):
                     if path.is_file():
                         shutil.copyfile(path, self._folder / path.name)
 
     def commit(self) -> None:
-        """Make everything durable and visible under the target's name, in one step."""
-        self._flush()
-        with _explained(self.target):
+        """Make everything durable and visible under the target's name, in one step.
+
+        Raises:
+            OutputError: the disk refuses, or someone else has put something there in the meantime.
+        """
+        self._finish_shard()
+        with writes_explained(self.target):
             self._name_shards()
             for path in self._folder.iterdir():
-                _fsync(path)
-            self._folder.chmod(0o777 & ~_umask())
-            _fsync(self._folder)
+                fsync(path)
+            self._folder.chmod(0o777 & ~umask())
+            fsync(self._folder)
             self._swap_in()
-            _fsync(self.target.parent)
+            fsync(self.target.parent)
 
-    def _flush(self) -> None:
-        if not self._pending:
+    def _finish_shard(self) -> None:
+        if self._shard is None:
             return
-        with _explained(self.target, self._pending_bytes):
-            save_file(self._pending, self._folder / f"shard-{len(self._shards)}", metadata={"format": "pt"})
-        self._shards.append(list(self._pending))
-        self._pending, self._pending_bytes = {}, 0
+        with writes_explained(self.target, self._shard.nbytes):
+            save_file(self._shard)
+        self._shards.append(self._shard.names)
+        self._shard = None
 
     def _name_shards(self) -> None:
         """Only now is their number known, and so their names."""
@@ -142,68 +169,54 @@ class CheckpointWriter:
             self.add_json("model.safetensors.index.json", index)
 
     def _swap_in(self) -> None:
-        if not self.target.exists():
-            self._folder.rename(self.target)
-            self._committed = True
-            return
-        # A folder cannot replace a non-empty one in one rename: the old one steps aside and goes last.
-        aside = Path(tempfile.mkdtemp(prefix=f".{self.target.name}.old-", dir=self.target.parent))
-        self.target.rename(aside / "old")
         try:
-            self._folder.rename(self.target)
-        except OSError:
-            (aside / "old").rename(self.target)
-            raise
+            self._folder.rename(self.target)  # takes the place of nothing, or of an empty folder
+        except OSError as error:
+            if error.errno not in (errno.ENOTEMPTY, errno.EEXIST):
+                raise
+            # What is there may not be what was there when the work began.
+            _check_target(self.target, self._overwrite, self._source)
+            self._replace()
         self._committed = True
-        shutil.rmtree(aside, ignore_errors=True)
+
+    def _replace(self) -> None:
+        """A folder cannot replace a non-empty one in one rename: the old one steps aside and goes last."""
+        aside = Path(tempfile.mkdtemp(prefix=f".{self.target.name}.old-", dir=self.target.parent))
+        old = aside / "old"
+        try:
+            self.target.rename(old)
+            self._folder.rename(self.target)
+        finally:  # also on Ctrl-C between the two
+            if old.exists() and not self.target.exists():
+                old.rename(self.target)
+            shutil.rmtree(aside, ignore_errors=True)
+
+
+def _real_target(path: Path) -> Path:
+    """Links followed: a hidden folder beside the link could be on another disk, and a rename would replace the link."""
+    if "\0" in str(path):
+        raise OutputError("output: a folder's name cannot contain a null byte")
+    with writes_explained(path):
+        if path.is_symlink() and not path.exists():
+            raise OutputError(f"output {path}: is a symbolic link to nothing; remove it or choose another folder")
+        return Path(os.path.realpath(path))
 
 
 def _check_target(target: Path, overwrite: bool, source: Path | None) -> None:
     """Refuse a target that is taken, before hours of work."""
-    if target.is_symlink() and not target.exists():
-        raise OutputError(f"output {target}: is a symbolic link to nothing; remove it or choose another folder")
     if not target.exists():
         return
     if not target.is_dir():
         raise OutputError(f"output {target}: is a file; choose a folder")
-    if source is not None and source.resolve() == target.resolve():
+    if source is not None and source.resolve() == target:
         raise OutputError(f"output {target}: is the folder the model is read from; choose another one")
     if any(target.iterdir()):
         if not overwrite:
             raise OutputError(f"output {target}: exists and is not empty; choose another folder or pass --overwrite")
         if not (target / "config.json").is_file():
             raise OutputError(f"output {target}: is no model folder (no config.json), so it is not overwritten")
-
-
-@contextmanager
-def _explained(target: Path, needed: int | None = None) -> Iterator[None]:
-    """Turn what the operating system says of a write into one line."""
-    try:
-        yield
-    except Exception as error:
-        code = error.errno if isinstance(error, OSError) else None
-        # safetensors wraps the error of its write in an exception of its own; only the text is left of it.
-        full = code in (errno.ENOSPC, errno.EDQUOT) or "No space left" in str(error)
-        if full:
-            wanted = "" if needed is None else f" {needed / 1e6:,.0f} MB were to be written,"
-            free = shutil.disk_usage(target.parent).free / 1e6
-            message = f"output {target}: the disk is full:{wanted} {free:,.0f} MB are free; nothing was kept"
-            raise OutputError(message) from error
-        if isinstance(error, OSError):
-            raise OutputError(f"output {target}: cannot be written ({error.strerror or error})") from error
-        raise
-
-
-def _umask() -> int:
-    """The process's umask, which can only be read by setting it."""
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask
-
-
-def _fsync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+    for here, what in ((".", "the current folder"), ("~", "your home folder")):
+        if Path(os.path.realpath(os.path.expanduser(here))).is_relative_to(target):  # noqa: PTH111  (Path's raises)
+            raise OutputError(f"output {target}: is or contains {what}, which would be replaced; name a folder in it")
+    if target.is_mount():
+        raise OutputError(f"output {target}: is a mount point, which no rename can replace; name a folder in it")
