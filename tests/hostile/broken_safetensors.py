@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 CONFIG = {"model_type": "llama"}
+HUGE = b"1" + b"0" * 4000
 
 
 def write_safetensors(path: Path, header: Any, data: bytes, *, length: int | None = None) -> None:
@@ -60,6 +61,10 @@ BROKEN: dict[str, tuple[Callable[[Path], None], str]] = {
     "config is binary": (files(config__json=b"\xff\xfe\x00", model__safetensors=b""), "config.json: not valid JSON"),
     "config is a bomb": (files(config__json=b"[" * 200_000, model__safetensors=b""), "config.json: not valid JSON"),
     "no weights": (files(config__json=b"{}"), "holds no model.safetensors"),
+    "shards without an index": (
+        files(**{"config__json": b"{}", "model-00001-of-00002__safetensors": b""}),
+        "found only model-00001-of-00002.safetensors",
+    ),
     "a pickle": (files(config__json=b"{}", pytorch_model__bin=b"\x80\x02"), "pickle .pytorch_model.bin., which can"),
     "empty file": (files(config__json=b"{}", model__safetensors=b""), "0 bytes, too short"),
     "seven bytes": (files(config__json=b"{}", model__safetensors=bytes(7)), "7 bytes, too short"),
@@ -96,6 +101,24 @@ BROKEN: dict[str, tuple[Callable[[Path], None], str]] = {
     "shape that wraps to the size": (model({"a": entry(shape=(2**62 + 2,))}), "its data_offsets span 8"),
     "negative shape": (model({"a": entry(shape=(-2,))}), "lists of non-negative 63-bit integers"),
     "shape of text": (model({"a": entry(shape=("2",))}), "lists of non-negative 63-bit integers"),
+    "dimensions of 4000 digits": (
+        model(b'{"a":{"dtype":"F32","shape":[%b,%b],"data_offsets":[0,8]}}' % (HUGE, HUGE)),
+        "lists of non-negative 63-bit integers",
+    ),
+    "empty but of absurd width": (model({"a": entry(shape=(0, 2**62, 2**62), offsets=(0, 0))}, b""), "takes 0 bytes"),
+    "empty but beyond 64 bits": (model({"a": entry(shape=(0, 2**64), offsets=(0, 0))}, b""), "63-bit integers"),
+    "a thousand dimensions": (model({"a": entry(shape=[1] * 999, offsets=(0, 4))}, bytes(4)), "has 999 dimensions"),
+    "name of two lines": (model({"a\nb\x1b[2J": entry(shape=(3,))}), r"tensor 'a\\nb\\x1b\[2J': F32 \[3\] takes"),
+    "name that is no text": (model({"a\ud800": entry()}), "header is not valid JSON"),
+    "name of a megabyte": (model({"a" * 1_000_000: entry(shape=(3,))}), "tensor a{200}…: F32"),
+    "header in UTF-16": (model(json.dumps({"a": entry()}).encode("utf-16")), "header is not valid JSON"),
+    "header with a byte order mark": (
+        model(b"\xef\xbb\xbf" + json.dumps({"a": entry()}).encode()),
+        "header is not valid JSON",
+    ),
+    "metadata is a number": (model({"__metadata__": 3, "a": entry()}), "__metadata__ must be an object of strings"),
+    "metadata of numbers": (model({"__metadata__": {"x": 3}, "a": entry()}), "__metadata__ must be an object of str"),
+    "dtype of two lines": (model({"a": entry(dtype="F\n4")}), r"dtype 'F\\n4' is not supported"),
     "unknown dtype": (model({"a": entry(dtype="F4")}), "dtype F4 is not supported"),
     "dtype is a list": (model({"a": entry(dtype=["F32"])}), "is not supported"),  # type: ignore[arg-type]
     "entry is a number": (model({"a": 3}), "expected exactly data_offsets, dtype, shape"),
@@ -106,6 +129,10 @@ BROKEN: dict[str, tuple[Callable[[Path], None], str]] = {
     "shard outside the folder": (index({"a": "../s1"}, {}), "must be a file name in the same folder"),
     "shard at an absolute path": (index({"a": "/etc/passwd"}, {}), "must be a file name in the same folder"),
     "shard is the parent": (index({"a": ".."}, {}), "must be a file name in the same folder"),
+    "shard in a folder below": (index({"a": "x/s1"}, {}), "must be a file name in the same folder"),
+    "shard with a null byte": (index({"a": "s1\0"}, {}), "must be a file name in the same folder"),
+    "shard name too long for a file": (index({"a": "s" * 300}, {}), "shard s+… is missing"),
+    "shard name of two lines": (index({"a": "s\n1"}, {}), r"shard 's\\n1' is missing"),
     "shard is a number": (index({"a": 1}, {}), "must be a file name in the same folder"),
     "tensor not in its shard": (index({"b": "s1"}, {"s1": {"a": entry()}}), "tensor b is not in s1"),
     "tensor the index forgot": (

@@ -16,13 +16,14 @@ A symmetric weight is stored with all zero points 8 and `zero_point: true`, whic
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 
-from halfbyte.errors import CheckpointError, UnsupportedError
+from halfbyte.errors import CheckpointError, ConfigError, UnsupportedError
 from halfbyte.formats.bits import pack_nibbles, unpack_nibbles
 from halfbyte.tensor import QuantizedTensor
 
@@ -73,21 +74,45 @@ def pack(tensor: QuantizedTensor, name: str = "tensor") -> dict[str, torch.Tenso
 
     Raises:
         UnsupportedError: the layout cannot hold the tensor.
+        ConfigError: codes or zero points of 16 or more.
     """
     check(tensor.out_features, tensor.in_features, tensor.group_size, tensor.bits, name)
     if tensor.zeros.is_floating_point():
         raise UnsupportedError(f"{name}: has floating minima; the AWQ GEMM layout stores integer zero points")
-    scales = tensor.scales.T.contiguous().half()
-    if not torch.equal(scales.float(), tensor.scales.T):
-        raise UnsupportedError(f"{name}: has scales that fp16 cannot hold exactly; the AWQ GEMM layout stores fp16")
+    for part, values in (("codes", tensor.codes), ("zeros", tensor.zeros)):
+        # A larger value would run into its neighbour's nibble, and nobody would notice.
+        if values.numel() and int(values.max()) >= 1 << BITS:
+            raise ConfigError(f"{name}: {part}: expected values below {1 << BITS}, got {int(values.max())}")
     packed = {
         "qweight": pack_nibbles(tensor.codes.T.contiguous(), ORDER),
         "qzeros": pack_nibbles(tensor.zeros.T.contiguous(), ORDER),
-        "scales": scales,
+        "scales": _exact_half(tensor.scales.T.contiguous(), name),
     }
     if tensor.bias is not None:
         packed["bias"] = tensor.bias.half()
+        if not torch.isfinite(packed["bias"]).all():
+            raise UnsupportedError(f"{name}: has a bias that fp16 cannot hold; add it to modules_to_not_convert")
     return packed
+
+
+def _exact_half(scales: torch.Tensor, name: str) -> torch.Tensor:
+    """The scales in fp16, if that loses nothing: a rounded scale would belong to other codes."""
+    half = scales.half()
+    lost = (half.float() != scales) | ~torch.isfinite(scales)
+    if not lost.any():
+        return half
+    value, found = float(scales[lost][0]), float(half[lost][0])
+    if not math.isfinite(value):
+        reason = f"{value}, which is not finite"
+    elif math.isinf(found):
+        reason = f"{value:.6g}, above fp16's largest number 65504"
+    elif found == 0:
+        reason = f"{value:.6g}, which is 0 in fp16"
+    else:
+        reason = f"{value:.9g}, which fp16 rounds to {found:.9g}"
+    raise UnsupportedError(
+        f"{name}: has scales that fp16 cannot hold exactly ({reason}); the AWQ GEMM layout stores fp16"
+    )
 
 
 def unpack(tensors: Mapping[str, torch.Tensor], *, group_size: int, name: str = "tensor") -> QuantizedTensor:
@@ -166,7 +191,9 @@ def read_quantization_config(config: Mapping[str, Any]) -> GemmConfig | None:
         return None
     if not isinstance(section, Mapping):
         raise CheckpointError("config.json: quantization_config: expected an object")
-    method, version = section.get("quant_method"), section.get("version", "gemm")
+    # AutoAWQ's first files have no quant_method; its own spelling of the width gives them away.
+    method = section.get("quant_method", "awq" if "w_bit" in section else None)
+    version = section.get("version", "gemm")
     if method != "awq" or str(version).lower() != "gemm":
         raise UnsupportedError(
             f"config.json: quantization method {method!r}, version {version!r}: this version of halfbyte reads "
@@ -175,7 +202,7 @@ def read_quantization_config(config: Mapping[str, Any]) -> GemmConfig | None:
     bits = section.get("bits", section.get("w_bit", BITS))
     group_size = section.get("group_size", section.get("q_group_size", 128))
     skipped = section.get("modules_to_not_convert") or []
-    if bits != BITS:
+    if type(bits) is not int or bits != BITS:
         raise UnsupportedError(f"config.json: bits {bits!r}: the AWQ GEMM layout holds {BITS}-bit codes")
     if type(group_size) is not int or group_size < -1 or group_size == 0:
         raise CheckpointError(f"config.json: group_size {group_size!r}: expected -1 or a positive number")
