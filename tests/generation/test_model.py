@@ -7,6 +7,7 @@ import pytest
 import torch
 
 import halfbyte
+import halfbyte.generation.model
 from halfbyte.checkpoints.writer import CheckpointWriter
 from halfbyte.errors import CheckpointError, ConfigError, HalfbyteError, UnsupportedError
 
@@ -30,12 +31,23 @@ def test_greedy_follows_the_logits_without_a_cache(model: halfbyte.Model) -> Non
 
 
 def test_streamed_pieces_make_the_whole_text(model: halfbyte.Model) -> None:
-    settings: dict[str, Any] = {"max_new_tokens": 40, "temperature": 1.5, "seed": 3}
-    whole = model.generate("The", **settings)
-    pieces = list(model.generate("The", stream=True, **settings))
-    assert "".join(pieces) == whole
-    assert len(pieces) > 3
-    assert all(not piece.endswith("\ufffd") for piece in pieces[:-1])
+    for seed in range(4):
+        settings: dict[str, Any] = {"max_new_tokens": 40, "temperature": 1.5, "seed": seed}
+        pieces = list(model.generate("The", stream=True, **settings))
+        assert "".join(pieces) == model.generate("The", **settings)
+
+
+def test_a_character_is_streamed_once_all_its_bytes_are_there(
+    model: halfbyte.Model, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    text = "The crow \N{BIRD} sat\nand ate \u00e9clairs"
+    ids = model.tokenizer(text)["input_ids"]
+    assert any(model.tokenizer.decode([i]) == "\ufffd" for i in ids), "no token holds a part of a character"
+    monkeypatch.setattr(halfbyte.generation.model, "generate_tokens", lambda *args, **kwargs: iter(ids))
+    pieces = list(model.generate("The", stream=True))
+    assert "".join(pieces) == text
+    assert len(pieces) > 6
+    assert not any("\ufffd" in piece for piece in pieces)
 
 
 def test_the_same_seed_repeats_and_another_does_not(model: halfbyte.Model) -> None:
