@@ -23,10 +23,12 @@ class Batch:
     Attributes:
         hidden: float32 [blocks, tokens, hidden], input of the decoder block reached so far.
         kwargs: what the model passes beside it, for each decoder block (masks, rotary embeddings).
+        propagated: the same as `hidden` through the blocks as they were quantized, where the method wants it.
     """
 
     hidden: torch.Tensor
     kwargs: list[dict[str, Any]]
+    propagated: torch.Tensor | None = None
 
 
 def make_token_batches(blocks: Sequence[torch.Tensor]) -> list[torch.Tensor]:
