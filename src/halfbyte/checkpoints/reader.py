@@ -61,6 +61,15 @@ class Checkpoint:
             raise CheckpointError(f"{folder}: its safetensors hold no tensor")
         return cls(folder, config, tensors)
 
+    @classmethod
+    def of_file(cls, path: Path) -> Checkpoint:
+        """One safetensors file that stands alone, without a config.
+
+        Raises:
+            CheckpointError: it is missing, truncated or malformed.
+        """
+        return cls(path.parent, {}, read_header(path))
+
     def names(self) -> list[str]:
         """Names of all tensors, sorted."""
         return sorted(self._tensors)
@@ -88,18 +97,17 @@ class Checkpoint:
         """
         info = self.info(name)
         # A plain read, not a memory map: pages of a map would count as resident for as long as the file is open.
-        data = bytearray(info.nbytes)
+        # Into memory of torch's, which is always aligned alike: the last bit of a matrix product may depend on that.
+        tensor = torch.empty(info.shape, dtype=info.dtype)
         try:
             with info.file.open("rb") as file:
                 file.seek(info.offset)
-                done = file.readinto(data)
+                done = file.readinto(tensor.reshape(-1).view(torch.uint8).numpy().data) if info.nbytes else 0
         except OSError as error:
             raise CheckpointError(f"{info.file}: cannot be read ({error.strerror})") from error
         if done != info.nbytes:
             raise CheckpointError(f"{info.file}: ended inside tensor {shown(name)}; it changed while it was open")
-        if info.nbytes == 0:
-            return torch.empty(info.shape, dtype=info.dtype)
-        return torch.frombuffer(data, dtype=torch.uint8).view(info.dtype).reshape(info.shape)
+        return tensor
 
 
 def read_json_object(path: Path) -> dict[str, Any]:

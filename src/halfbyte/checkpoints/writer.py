@@ -50,6 +50,8 @@ class CheckpointWriter:
         overwrite: replace a checkpoint that is there already.
         source: a folder that must not be the target, because it is still being read.
         max_shard_bytes: the next shard begins where a tensor would exceed this.
+        hidden_folder: take this name on the target's file system for the hidden folder, and remove what stands there;
+            None for a name no one has.
 
     Raises:
         OutputError: the target is taken, is no folder, cannot be created, or the disk is full.
@@ -62,6 +64,7 @@ class CheckpointWriter:
         overwrite: bool = False,
         source: Path | None = None,
         max_shard_bytes: int = 2_000_000_000,
+        hidden_folder: Path | None = None,
     ):
         self._overwrite = overwrite
         self._source = source
@@ -71,11 +74,16 @@ class CheckpointWriter:
         self._names: set[str] = set()
         self._total_bytes = 0
         self._committed = False
-        self.target = _real_target(Path(output_dir).absolute())
+        self.target = real_target(output_dir)
+        check_target(self.target, overwrite, source)
         with writes_explained(self.target):
-            _check_target(self.target, overwrite, source)
             self.target.parent.mkdir(parents=True, exist_ok=True)
-            self._folder = Path(tempfile.mkdtemp(prefix=f".{self.target.name}.partial-", dir=self.target.parent))
+            if hidden_folder is None:
+                hidden_folder = Path(tempfile.mkdtemp(prefix=f".{self.target.name}.partial-", dir=self.target.parent))
+            else:
+                shutil.rmtree(hidden_folder, ignore_errors=True)
+                hidden_folder.mkdir()
+            self._folder = hidden_folder
 
     def __enter__(self) -> CheckpointWriter:
         return self
@@ -175,7 +183,7 @@ class CheckpointWriter:
             if error.errno not in (errno.ENOTEMPTY, errno.EEXIST):
                 raise
             # What is there may not be what was there when the work began.
-            _check_target(self.target, self._overwrite, self._source)
+            check_target(self.target, self._overwrite, self._source)
             self._replace()
         self._committed = True
 
@@ -192,8 +200,15 @@ class CheckpointWriter:
             shutil.rmtree(aside, ignore_errors=True)
 
 
-def _real_target(path: Path) -> Path:
-    """Links followed: a hidden folder beside the link could be on another disk, and a rename would replace the link."""
+def real_target(output_dir: str | Path) -> Path:
+    """The folder that `output_dir` names, links followed.
+
+    A hidden folder beside the link could be on another disk, and a rename would replace the link.
+
+    Raises:
+        OutputError: no folder can have that name, or a link leads nowhere.
+    """
+    path = Path(output_dir).absolute()
     if "\0" in str(path):
         raise OutputError("output: a folder's name cannot contain a null byte")
     with writes_explained(path):
@@ -202,21 +217,35 @@ def _real_target(path: Path) -> Path:
         return Path(os.path.realpath(path))
 
 
-def _check_target(target: Path, overwrite: bool, source: Path | None) -> None:
-    """Refuse a target that is taken, before hours of work."""
-    if not target.exists():
-        return
-    if not target.is_dir():
-        raise OutputError(f"output {target}: is a file; choose a folder")
-    if source is not None and source.resolve() == target:
-        raise OutputError(f"output {target}: is the folder the model is read from; choose another one")
-    if any(target.iterdir()):
-        if not overwrite:
-            raise OutputError(f"output {target}: exists and is not empty; choose another folder or pass --overwrite")
-        if not (target / "config.json").is_file():
-            raise OutputError(f"output {target}: is no model folder (no config.json), so it is not overwritten")
-    for here, what in ((".", "the current folder"), ("~", "your home folder")):
-        if Path(os.path.realpath(os.path.expanduser(here))).is_relative_to(target):  # noqa: PTH111  (Path's raises)
-            raise OutputError(f"output {target}: is or contains {what}, which would be replaced; name a folder in it")
-    if target.is_mount():
-        raise OutputError(f"output {target}: is a mount point, which no rename can replace; name a folder in it")
+def check_target(target: Path, overwrite: bool, source: Path | None) -> None:
+    """Refuse a target that is taken, before hours of work.
+
+    Args:
+        target: from `real_target`; need not exist.
+        overwrite: a checkpoint may stand there.
+        source: a folder that must not be the target.
+
+    Raises:
+        OutputError: it cannot, or must not, be replaced.
+    """
+    with writes_explained(target):
+        if not target.exists():
+            return
+        if not target.is_dir():
+            raise OutputError(f"output {target}: is a file; choose a folder")
+        if source is not None and source.resolve() == target:
+            raise OutputError(f"output {target}: is the folder the model is read from; choose another one")
+        if any(target.iterdir()):
+            if not overwrite:
+                raise OutputError(
+                    f"output {target}: exists and is not empty; choose another folder or pass --overwrite"
+                )
+            if not (target / "config.json").is_file():
+                raise OutputError(f"output {target}: is no model folder (no config.json), so it is not overwritten")
+        for here, what in ((".", "the current folder"), ("~", "your home folder")):
+            if Path(os.path.realpath(os.path.expanduser(here))).is_relative_to(target):  # noqa: PTH111  (Path's raises)
+                raise OutputError(
+                    f"output {target}: is or contains {what}, which would be replaced; name a folder in it"
+                )
+        if target.is_mount():
+            raise OutputError(f"output {target}: is a mount point, which no rename can replace; name a folder in it")
