@@ -8,10 +8,11 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 NATIVE := CMakeLists.txt pyproject.toml $(shell find native -type f)
 
-.PHONY: help demo test lint bench clean
+.PHONY: help demo test test-slow lint bench clean
 help:
 	@echo "make demo        install, quantize the sample model to 4 bits, compare it with the original"
 	@echo "make test        every test not marked slow, gpu or interop"
+	@echo "make test-slow   the tests that take minutes: kills at random moments, a Ray cluster"
 	@echo "make lint        ruff, mypy --strict, import contracts"
 	@echo "make bench       the benchmarks of README.md; DATA=folder with the WikiText-2 and C4 texts"
 	@echo "make clean       remove .venv and build products (the model cache stays)"
@@ -35,6 +36,9 @@ demo: $(VENV)/.halfbyte
 
 test: $(VENV)/.dev
 	$(BIN)/python -m pytest -m "not slow and not gpu and not interop"
+
+test-slow: $(VENV)/.dev
+	$(BIN)/python -m pytest -m "slow and not gpu and not interop"
 
 lint: $(VENV)/.dev
 	$(BIN)/ruff check .

@@ -112,6 +112,16 @@ class Journal:
                 _write_durably(self.folder / "run.json", run)
         self._run = run
 
+    def earlier_run(self) -> dict[str, Any]:
+        """What an earlier attempt gave to `begin`; empty if there was none."""
+        if self._renamed():
+            return dict((_read_json(self.folder / "finished.json") or {}).get("run", {}))
+        return _read_json(self.folder / "run.json") or {}
+
+    def nbytes(self) -> int:
+        """What the folder holds so far."""
+        return sum(path.stat().st_size for path in self.folder.rglob("*") if path.is_file())
+
     def record(self, index: int, tensors: dict[str, torch.Tensor], document: dict[str, Any]) -> None:
         """Keep a finished block: after this returns, neither a kill nor a power cut takes it away.
 
@@ -195,8 +205,8 @@ class Journal:
         elif records and not self._overwrite:
             differences = "; ".join(_differences(earlier or {}, run))
             raise OutputError(
-                f"output {self.target}: an unfinished run with {len(records)} finished blocks is kept in {self.folder}, "
-                f"but {differences}. Repeat that run to go on with it, or pass --overwrite to start again"
+                f"output {self.target}: {self.folder} keeps {len(records)} finished blocks of an unfinished run, but "
+                f"{differences}. Repeat that run to go on with it, or pass --overwrite to start again"
             )
         else:
             self._clear()

@@ -32,7 +32,13 @@ def command(
     max_calib_samples: Annotated[int, typer.Option(help="Blocks of calibration text at most.")] = 128,
     max_calib_seq_len: Annotated[int, typer.Option(help="Tokens in a block at most.")] = 512,
     seed: Annotated[int, typer.Option(help="Which blocks are kept when the text has more.")] = 0,
-    device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")] = "auto",
+    device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:N, or several GPUs: cuda:0,cuda:1.")] = "auto",
+    memory_budget: Annotated[
+        str | None, typer.Option(help="Peak memory, such as 2GB or 800MiB; what does not fit goes to disk.")
+    ] = None,
+    ray: Annotated[
+        str | None, typer.Option(help="Search blocks on a Ray cluster: local, auto, or its address.")
+    ] = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an existing checkpoint.")] = False,
     json: JsonFlag = False,
 ) -> None:
@@ -63,6 +69,8 @@ def command(
         max_calib_seq_len=max_calib_seq_len,
         seed=seed,
         device=device,
+        memory_budget=memory_budget,
+        ray=ray,
         overwrite=overwrite,
     )
     if json:

@@ -26,8 +26,8 @@ def interruptible(command: Callable[..., None]) -> Callable[..., None]:
     def wrapped(*args: Any, **kwargs: Any) -> None:
         try:
             command(*args, **kwargs)
-        except KeyboardInterrupt:
-            raise InterruptionError("stopped by Ctrl-C; nothing unfinished was kept") from None
+        except KeyboardInterrupt as error:  # with a text where something was kept
+            raise InterruptionError(str(error) or "stopped by Ctrl-C; nothing unfinished was kept") from None
 
     return wrapped
 

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import nn
 
-from halfbyte.architectures.skeleton import TensorSource, fill
+from halfbyte.architectures.skeleton import TensorSource, fill, release
 
 # Tokens in one forward pass: enough for the matrix products to run at full speed, little enough for activations of an
 # MLP (tokens × intermediate × 4 bytes) to stay in the tens of megabytes.
@@ -31,12 +31,12 @@ class Batch:
     propagated: torch.Tensor | None = None
 
 
-def make_token_batches(blocks: Sequence[torch.Tensor]) -> list[torch.Tensor]:
-    """Stack neighbouring blocks of equal length: int64 [blocks, tokens] of at most BATCH_TOKENS (or one block)."""
+def make_token_batches(blocks: Sequence[torch.Tensor], batch_tokens: int = BATCH_TOKENS) -> list[torch.Tensor]:
+    """Stack neighbouring blocks of equal length: int64 [blocks, tokens] of at most `batch_tokens` (or one block)."""
     batches: list[list[torch.Tensor]] = []
     for block in blocks:
         last = batches[-1] if batches else None
-        if last and len(last[0]) == len(block) and (len(last) + 1) * len(block) <= BATCH_TOKENS:
+        if last and len(last[0]) == len(block) and (len(last) + 1) * len(block) <= batch_tokens:
             last.append(block)
         else:
             batches.append([block])
@@ -50,15 +50,17 @@ def capture_block_inputs(
     token_blocks: Sequence[torch.Tensor],
     source: TensorSource,
     device: torch.device,
-) -> list[Batch]:
-    """Run everything before the first block, recording what every block would be called with.
+    batch_tokens: int = BATCH_TOKENS,
+) -> Iterator[Batch]:
+    """Run everything before the first block, yielding batch by batch what every block would be called with.
 
     Args:
-        model: a skeleton; its parts outside the blocks are filled on return.
+        model: a skeleton; its parts outside the blocks are filled while this runs and empty again afterwards.
         blocks_name: dotted name of the list of decoder blocks.
         token_blocks: int64 [tokens] each.
         source: the checkpoint.
         device: where to compute.
+        batch_tokens: see `make_token_batches`.
     """
     base = model.base_model
     base_name = "" if base is model else model.base_model_prefix
@@ -68,8 +70,7 @@ def capture_block_inputs(
         if part is not blocks:
             part.to(device)
 
-    batches = []
-    for tokens in make_token_batches(token_blocks):
+    for tokens in make_token_batches(token_blocks, batch_tokens):
         batch = Batch(torch.empty(0), [{} for _ in blocks])
         for index, block in enumerate(blocks):
             block.forward = _recorder(batch, index)
@@ -78,8 +79,10 @@ def capture_block_inputs(
         finally:
             for block in blocks:
                 del block.forward
-        batches.append(batch)
-    return batches
+        yield batch
+    for part in base.children():
+        if part is not blocks:
+            release(part)
 
 
 def _recorder(batch: Batch, index: int) -> Any:

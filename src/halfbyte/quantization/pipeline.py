@@ -1,13 +1,18 @@
-"""`quantize`: a model folder in, a 4-bit checkpoint out, one decoder block in memory at a time."""
+"""`quantize`: a model folder in, a 4-bit checkpoint out, one decoder block in memory at a time.
+
+Every finished block is kept in a journal beside the target (`checkpoints/journal.py`), so the same command goes on
+where an earlier one ended. What reaches the checkpoint always comes out of the journal, whoever worked on the block.
+"""
 
 from __future__ import annotations
 
-import resource
+import math
+import sys
 import time
 from collections.abc import Iterator, Sequence
+from concurrent.futures import FIRST_COMPLETED, Future, wait
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -15,19 +20,27 @@ import torch
 from torch import nn
 
 from halfbyte.architectures.skeleton import build_skeleton, fill, find_decoder_blocks, release
+from halfbyte.architectures.stored import ModelTensors
 from halfbyte.architectures.tokenizer import load_tokenizer
+from halfbyte.checkpoints.disk import ensure_space
+from halfbyte.checkpoints.journal import Journal
 from halfbyte.checkpoints.reader import Checkpoint
 from halfbyte.checkpoints.sources import resolve_model
 from halfbyte.checkpoints.writer import CheckpointWriter
 from halfbyte.device.torch_device import pick_device
-from halfbyte.errors import CheckpointError, ConfigError, UnsupportedError
+from halfbyte.errors import CheckpointError, ConfigError, HalfbyteError, UnsupportedError
 from halfbyte.formats import gemm
 from halfbyte.progress import Ticker, progress_bar
-from halfbyte.quantization.block import BlockResult, calibrate_block, round_block
+from halfbyte.quantization.budget import MemoryPlan, parse_bytes, plan_memory
 from halfbyte.quantization.calibration import CalibrationSet, build_calibration_set, read_documents
-from halfbyte.quantization.capture import Batch, capture_block_inputs, quantizable_linears
+from halfbyte.quantization.capture import capture_block_inputs, quantizable_linears
 from halfbyte.quantization.config import QuantConfig
-from halfbyte.quantization.report import MANIFEST_NAME, LinearReport, QuantizationReport
+from halfbyte.quantization.distributed import Workers, workers
+from halfbyte.quantization.identity import describe_run, versions
+from halfbyte.quantization.packing import names_by_block
+from halfbyte.quantization.report import MANIFEST_NAME, BlockReport, LinearReport, QuantizationReport
+from halfbyte.quantization.states import States, is_saved
+from halfbyte.quantization.task import BlockOutcome, BlockTask, advance, peak_memory
 
 
 def quantize(
@@ -47,6 +60,9 @@ def quantize(
 ) -> QuantizationReport:
     """Quantize a Hugging Face causal language model and write an AutoAWQ GEMM checkpoint.
 
+    An interrupted run (Ctrl-C, a full disk, a kill, a power cut) keeps its finished blocks in `.NAME.partial` beside
+    `output_dir`; the same call goes on from there, with the result it would have had.
+
     Args:
         model: a folder, "sample:NAME" or a hub name.
         output_dir: the new checkpoint; nothing appears there before everything is written.
@@ -55,57 +71,76 @@ def quantize(
         max_calib_samples: blocks of calibration text at most.
         max_calib_seq_len: tokens in a block at most.
         seed: which blocks are kept when the text has more.
-        device: "auto", "cpu", "cuda" or "cuda:N"; where the search runs.
-        memory_budget: not supported yet, must be None.
-        ray: not supported yet, must be None.
-        overwrite: replace an existing checkpoint.
-        progress: show a bar with an ETA on a terminal.
+        device: "auto", "cpu", "cuda", "cuda:N", or several GPUs as "cuda:0,cuda:1"; where the search runs.
+        memory_budget: peak resident memory, in bytes or as "2GB" or "800MiB"; None for what the machine has.
+        ray: "local", "auto" or the address of a Ray cluster that searches the blocks; None for this process.
+        overwrite: replace an existing checkpoint, and an unfinished run with other options.
+        progress: show a bar with an ETA on a terminal, and say when an unfinished run is taken up.
 
     Raises:
-        HalfbyteError: a bad model, option, text or output folder; nothing is left behind.
+        HalfbyteError: a bad model, option, text or output folder; finished blocks are kept, nothing else.
+        KeyboardInterrupt: Ctrl-C; its text says what was kept.
     """
-    for name, value in (("memory_budget", memory_budget), ("ray", ray)):
-        if value is not None:
-            raise UnsupportedError(f"{name}: not supported by this version of halfbyte; leave it out")
-    job = _Job.prepare(str(model), config or QuantConfig(), pick_device(device), progress)
+    if memory_budget is not None:
+        parse_bytes(memory_budget)
+    devices = [pick_device(name) for name in device.split(",")]
+    job = _Job.prepare(str(model), config or QuantConfig(), devices[0], progress)
+    journal = Journal(output_dir, overwrite=overwrite, source=job.checkpoint.folder)
     if job.config.method != "rtn":
-        read_documents(calibration)  # refuse bad text before any folder is made
-    with CheckpointWriter(output_dir, overwrite=overwrite, source=job.checkpoint.folder) as writer:
-        if job.config.method != "rtn":
-            tokenizer = load_tokenizer(job.checkpoint.folder)
-            job.calibration = build_calibration_set(
-                tokenizer,
-                calibration,
-                max_calib_samples=max_calib_samples,
-                max_calib_seq_len=max_calib_seq_len,
-                seed=seed,
-            )
-        with progress_bar("Quantizing", len(job.blocks) + 1, enabled=progress, unit="blocks") as ticker:
-            job.write_tensors(writer, ticker)
-        report = job.report(Path(output_dir))
-        job.write_documents(writer, report)
-        writer.commit()
-    return report
+        read_documents(calibration)  # refuse bad text before the tokenizer is loaded
+        job.calibration = build_calibration_set(
+            load_tokenizer(job.checkpoint.folder),
+            calibration,
+            max_calib_samples=max_calib_samples,
+            max_calib_seq_len=max_calib_seq_len,
+            seed=seed,
+        )
+    job.plan = job.plan_memory(memory_budget)
+    with journal, job.begun(journal, seed) as threads:
+        if journal.finished is not None:
+            return QuantizationReport.from_dict(journal.finished)
+        ensure_space(journal.target, job.disk_bytes() - journal.nbytes())
+        job.announce(journal)
+        try:
+            with (
+                workers(ray, devices, threads) as helpers,
+                progress_bar("Quantizing", len(job.blocks) + 1, enabled=progress, unit="blocks") as ticker,
+            ):
+                job.quantize_blocks(journal, helpers, ticker)
+                return job.assemble(journal, Path(output_dir), ticker)
+        except (HalfbyteError, KeyboardInterrupt) as error:
+            raise _with_kept_blocks(error, journal, len(job.blocks)) from error
+
+
+def _with_kept_blocks(error: BaseException, journal: Journal, blocks: int) -> BaseException:
+    """The same error, which says how to go on if there is anything to go on with."""
+    if not journal.records or journal.finished is not None:
+        return error
+    kept = f"{len(journal.records)} of {blocks} blocks are finished and kept; run the same command again to go on"
+    text = str(error)
+    return type(error)(f"{text}; {kept}" if text else f"stopped by Ctrl-C; {kept}")
 
 
 @dataclass
 class _Job:
-    """One run: what was opened, and what has been written so far."""
+    """One run: what was opened, and what was decided about it."""
 
     model_name: str
     checkpoint: Checkpoint
+    tensors: ModelTensors
     skeleton: Any
     blocks_name: str
+    stored_name: str
     blocks: nn.ModuleList
+    linears: list[tuple[str, int]]
     config: QuantConfig
     device: torch.device
+    progress: bool
     started: float
+    names: dict[int | None, list[str]]
     calibration: CalibrationSet | None = None
-    linears: list[LinearReport] = field(default_factory=list)
-    warnings: list[str] = field(default_factory=list)
-    bytes_before: dict[str, int] = field(default_factory=lambda: {"blocks": 0, "other": 0})
-    bytes_after: dict[str, int] = field(default_factory=lambda: {"blocks": 0, "other": 0})
-    parameters: int = 0
+    plan: MemoryPlan = field(default_factory=lambda: MemoryPlan(0, False, 0))
+    seconds_before: float = 0.0
 
     @classmethod
     def prepare(cls, model: str, config: QuantConfig, device: torch.device, progress: bool) -> _Job:
@@ -116,61 +151,165 @@ class _Job:
             raise UnsupportedError(f"{model}: is quantized already; quantize the 16-bit model it came from")
         skeleton = build_skeleton(str(checkpoint.folder), torch.float32)
         blocks_name, blocks = find_decoder_blocks(skeleton)
-        linears = [(name, width) for name, width in quantizable_linears(blocks, blocks_name) if not config.skips(name)]
+        tensors = ModelTensors(skeleton, checkpoint, checkpoint.names())
+        tensors.annotate(blocks, blocks_name)
+        stored_name = tensors.prefix(blocks_name)
+        matrices = {k: m for k, m in quantizable_linears(blocks, stored_name).items() if not config.skips(k)}
+        linears = [(name, matrix.in_features) for name, matrix in matrices.items()]
         if not linears:
             raise ConfigError("modules_to_not_convert: leaves no linear to quantize")
         config = config.resolved(linears)
         assert isinstance(config.group_size, int)
-        for name, _ in linears:
-            linear = skeleton.get_submodule(name)
-            gemm.check(linear.out_features, linear.in_features, config.group_size, config.bits, name)
-        return cls(model, checkpoint, skeleton, blocks_name, blocks, config, device, started)
+        for name, matrix in matrices.items():
+            gemm.check(matrix.out_features, matrix.in_features, config.group_size, config.bits, name)
+        names = names_by_block(checkpoint, stored_name, len(blocks))
+        return cls(
+            model, checkpoint, tensors, skeleton, blocks_name, stored_name, blocks, linears, config, device, progress,
+            started, names,
+        )  # fmt: skip
 
-    @torch.no_grad()
-    def write_tensors(self, writer: CheckpointWriter, ticker: Ticker) -> None:
-        """Every tensor of the new checkpoint, the decoder blocks quantized one by one."""
-        ticker.describe("Reading calibration inputs" if self.calibration else "Quantizing")
-        batches = self._capture()
-        names_by_block = self._names_by_block()
-        for name in names_by_block.pop(None):
-            tensor = self.checkpoint.read(name)
-            self.bytes_before["other"] += tensor.nbytes
-            self._write(writer, name, "other", tensor)
-        ticker.advance()
-        for index, block in enumerate(self.blocks):
-            ticker.describe(f"Quantizing block {index + 1} of {len(self.blocks)}")
-            with self._filled(block, index):
-                result = self._quantize_block(block, index, batches)
-                self._write_block(writer, block, f"{self.blocks_name}.{index}", names_by_block[index], result)
-            self.linears += result.reports
-            self.warnings += result.warnings
-            ticker.advance()
+    @property
+    def propagates(self) -> bool:
+        """Whether later blocks see the error of earlier ones, which ties their order down."""
+        return bool(getattr(self.config, "propagates", False))
 
-    def _capture(self) -> list[Batch]:
-        if self.calibration is None:
-            return []
-        return capture_block_inputs(
-            self.skeleton, self.blocks_name, self.calibration.blocks, self.checkpoint, self.device
+    def plan_memory(self, budget: int | str | None) -> MemoryPlan:
+        """What is kept in memory, and how many tokens go through a block at a time."""
+        outside = [self.checkpoint.info(name) for name in self.names[None]]
+        largest = max((info.nbytes + 4 * math.prod(info.shape) for info in outside), default=0)
+        return plan_memory(
+            self.blocks,
+            self.linears,
+            sequences=[] if self.calibration is None else [len(block) for block in self.calibration.blocks],
+            hidden_size=self.skeleton.config.get_text_config().hidden_size,
+            embedding_bytes=largest,
+            propagates=self.propagates,
+            budget=budget,
         )
 
-    def _quantize_block(self, block: nn.Module, index: int, batches: list[Batch]) -> BlockResult:
-        name = f"{self.blocks_name}.{index}"
-        if self.calibration is None:
-            return round_block(block, name, self.config)
-        return calibrate_block(
-            block,
-            index,
-            name,
-            batches,
-            self.skeleton.config,
-            self.config,
-            lambda tensor: self.checkpoint.info(tensor).dtype,
-        )
+    def disk_bytes(self) -> int:
+        """About what the journal, the hidden states and the new checkpoint take together."""
+        inside = sum(self.checkpoint.info(n).nbytes for i, names in self.names.items() if i is not None for n in names)
+        outside = sum(self.checkpoint.info(name).nbytes for name in self.names[None])
+        assert isinstance(self.config.group_size, int)
+        bits = self.config.bits + 24 / (self.config.group_size if self.config.group_size > 0 else 1024)
+        states = 0
+        if self.calibration is not None:
+            hidden_size = self.skeleton.config.get_text_config().hidden_size
+            states = 2 * 4 * hidden_size * self.calibration.tokens * (2 if self.propagates else 1)
+        return outside + round(2 * inside * bits / 16) + states
 
     @contextmanager
-    def _filled(self, block: nn.Module, index: int) -> Iterator[None]:
-        name = f"{self.blocks_name}.{index}"
-        fill(block, name, self.checkpoint, torch.float32)
+    def begun(self, journal: Journal, seed: int) -> Iterator[int]:
+        """The journal open for this very run, and torch with the threads that run has: those it began with."""
+        before = torch.get_num_threads()
+        run = describe_run(
+            self.checkpoint,
+            self.config,
+            calibration=None if self.calibration is None else self.calibration.sha256,
+            seed=seed,
+            batch_tokens=self.plan.batch_tokens,
+            device=self.device,
+        )
+        earlier = journal.earlier_run()
+        threads = earlier["threads"] if earlier == {**run, "threads": earlier.get("threads")} else before
+        journal.begin({**run, "threads": threads})
+        torch.set_num_threads(threads)
+        try:
+            yield threads
+        finally:
+            torch.set_num_threads(before)
+
+    def announce(self, journal: Journal) -> None:
+        """One line when an unfinished run is taken up."""
+        self.seconds_before = sum(record["seconds"] for record in journal.records.values())
+        if journal.records and self.progress:
+            done = f"{len(journal.records)} of {len(self.blocks)} blocks"
+            print(f"halfbyte: going on with an unfinished run, {done} are done ({journal.folder})", file=sys.stderr)
+
+    @torch.no_grad()
+    def quantize_blocks(self, journal: Journal, helpers: Workers | None, ticker: Ticker) -> None:
+        """Every block that the journal lacks, in order, or by several workers at the same time."""
+        ticker.describe("Reading calibration inputs" if self.calibration else "Quantizing")
+        total = len(self.blocks)
+        states = self._states(journal)
+        running: dict[Future[BlockOutcome], int] = {}
+
+        def collect(at_most: int) -> None:
+            while len(running) > at_most:
+                for future in wait(running, return_when=FIRST_COMPLETED).done:
+                    assert helpers is not None
+                    self._record(journal, running.pop(future), helpers.result(future))
+                    ticker.advance()
+
+        ticker.advance(1 + len(journal.records))
+        for index in range(states.step, total):
+            if all(later in journal.records for later in range(index, total)):
+                break
+            ticker.describe(f"Quantizing block {index + 1} of {total}")
+            with self._filled(index) as block:
+                if index in journal.records:
+                    advance(block, index, states.batches)
+                    states.step += 1
+                elif helpers is None or self.propagates:
+                    outcome = self._task(block, index, states).run()
+                    saved = states.save() if states.batches and index + 1 < total else None
+                    self._record(journal, index, outcome, saved)
+                    ticker.advance()
+                else:
+                    collect(helpers.slots)
+                    running[helpers.submit(self._task(block, index, states))] = index
+                    advance(block, index, states.batches)
+                    states.step += 1
+            states.forget_earlier()
+        collect(0)
+
+    def _states(self, journal: Journal) -> States:
+        """The hidden states from where the journal can go on: saved ones, or those before the first block."""
+        folder = journal.folder / "states"
+        total, done = len(self.blocks), len(journal.records)
+        states = States(folder, journal.target, self.device, spill=self.plan.spill)
+        contiguous = next(index for index in range(total + 1) if index not in journal.records)
+        saved = journal.records[contiguous - 1].get("states") if contiguous else None
+        if self.calibration is None or done == total:
+            states.step = contiguous
+            return states
+        if not is_saved(folder, saved):
+            saved = None
+            if self.propagates:
+                journal.records.clear()  # the quantized blocks they went through are gone: nothing can be repeated
+        for batch in capture_block_inputs(
+            self.skeleton,
+            self.blocks_name,
+            self.calibration.blocks,
+            self.tensors,
+            self.device,
+            self.plan.batch_tokens,
+        ):
+            if self.propagates and batch.propagated is None:
+                batch.propagated = batch.hidden
+            states.take(batch, saved)
+        return states
+
+    def _task(self, block: nn.Module, index: int, states: States) -> BlockTask:
+        return BlockTask(
+            block=block,
+            index=index,
+            name=f"{self.stored_name}.{index}",
+            names=self.names[index],
+            batches=states.batches,
+            model_config=self.skeleton.config,
+            config=self.config,
+            checkpoint=self.checkpoint,
+        )
+
+    def _record(self, journal: Journal, index: int, outcome: BlockOutcome, saved: dict[str, Any] | None = None) -> None:
+        journal.record(index, outcome.tensors, {**outcome.document, "states": saved})
+
+    @contextmanager
+    def _filled(self, index: int) -> Iterator[nn.Module]:
+        block, name = self.blocks[index], f"{self.blocks_name}.{index}"
+        fill(block, name, self.tensors, torch.float32)
         for local, parameter in block.named_parameters():
             if not torch.isfinite(parameter).all():
                 raise CheckpointError(
@@ -178,65 +317,53 @@ class _Job:
                 )
         block.to(self.device)
         try:
-            yield
+            yield block
         finally:
             release(block)
 
-    def _names_by_block(self) -> dict[int | None, list[str]]:
-        """Names on disk by decoder block; None for everything outside them."""
-        names: dict[int | None, list[str]] = {None: [], **{index: [] for index in range(len(self.blocks))}}
-        prefix = self.blocks_name + "."
-        for name in self.checkpoint.names():
-            number = name.removeprefix(prefix).partition(".")[0] if name.startswith(prefix) else ""
-            names[int(number) if number.isdecimal() and int(number) in names else None].append(name)
-        return names
+    def assemble(self, journal: Journal, output_dir: Path, ticker: Ticker) -> QuantizationReport:
+        """Put the checkpoint together out of the journal and everything outside the blocks."""
+        ticker.describe("Writing the checkpoint")
+        with journal.writer() as writer:
+            for name in self.names[None]:
+                writer.add(name, self.checkpoint.read(name))
+            for index in range(len(self.blocks)):
+                for name, tensor in journal.read(index):
+                    writer.add(name, tensor)
+            report = self._report(journal, output_dir)
+            self._write_documents(writer, report)
+            journal.commit(writer, report.to_dict())
+        return report
 
-    def _write_block(
-        self, writer: CheckpointWriter, block: nn.Module, name: str, names: list[str], result: BlockResult
-    ) -> None:
-        """Packed linears in place of their weights; everything else as it is now, in its dtype on disk."""
-        parameters = dict(block.named_parameters())
-        for full in names:
-            local = full.removeprefix(name + ".")
-            self.bytes_before["blocks"] += self.checkpoint.info(full).nbytes
-            module, _, leaf = local.rpartition(".")
-            if module in result.tensors:
-                if leaf == "weight":
-                    for key, tensor in gemm.pack(result.tensors[module], f"{name}.{module}").items():
-                        self._write(writer, f"{name}.{module}.{key}", "blocks", tensor)
-                    self.parameters += result.tensors[module].codes.numel()
-                    continue
-                dtype = torch.float16  # the layout's own dtype for biases
-            else:
-                dtype = self.checkpoint.info(full).dtype
-            value = parameters[local].data if local in parameters else self.checkpoint.read(full)
-            self._write(writer, full, "blocks", value.to("cpu", dtype))
-
-    def _write(self, writer: CheckpointWriter, name: str, part: str, tensor: torch.Tensor) -> None:
-        self.bytes_after[part] += tensor.nbytes
-        writer.add(name, tensor)
-
-    def report(self, output_dir: Path) -> QuantizationReport:
-        """Everything that was measured."""
-        calibration = None if self.calibration is None else self.calibration.describe()
+    def _report(self, journal: Journal, output_dir: Path) -> QuantizationReport:
+        """Everything that was measured, now or in an earlier attempt."""
+        records = [journal.records[index] for index in range(len(self.blocks))]
+        outside = sum(self.checkpoint.info(name).nbytes for name in self.names[None])
+        before, after = (sum(record[key] for record in records) for key in ("bytes_before", "bytes_after"))
+        blocks = [
+            BlockReport(f"{self.blocks_name}.{index}", record["seconds"], record["peak_memory_bytes"])
+            for index, record in enumerate(records)
+        ]
         return QuantizationReport(
             output_dir=output_dir,
             model=self.model_name,
             config=self.config,
-            calibration=calibration,
-            linears=self.linears,
-            block_bytes_before=self.bytes_before["blocks"],
-            block_bytes_after=self.bytes_after["blocks"],
-            total_bytes_before=sum(self.bytes_before.values()),
-            total_bytes_after=sum(self.bytes_after.values()),
-            parameters_quantized=self.parameters,
-            seconds=time.monotonic() - self.started,
-            peak_memory_bytes=resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
-            warnings=self.warnings,
-            versions={name: version(name) for name in ("halfbyte", "torch", "transformers")},
+            calibration=None if self.calibration is None else self.calibration.describe(),
+            linears=[LinearReport(**linear) for record in records for linear in record["linears"]],
+            block_bytes_before=before,
+            block_bytes_after=after,
+            total_bytes_before=outside + before,
+            total_bytes_after=outside + after,
+            parameters_quantized=sum(record["parameters"] for record in records),
+            seconds=time.monotonic() - self.started + self.seconds_before,
+            peak_memory_bytes=max(peak_memory(), *(block.peak_memory_bytes for block in blocks)),
+            blocks=blocks,
+            threads=torch.get_num_threads(),
+            warnings=[warning for record in records for warning in record["warnings"]],
+            versions=versions(),
         )
 
-    def write_documents(self, writer: CheckpointWriter, report: QuantizationReport) -> None:
+    def _write_documents(self, writer: CheckpointWriter, report: QuantizationReport) -> None:
         """config.json with its `quantization_config`, the manifest, and the tokenizer files."""
         assert isinstance(self.config.group_size, int)
         quantization_config = gemm.quantization_config(
@@ -244,8 +371,7 @@ class _Job:
         )
         writer.copy_files_from(self.checkpoint.folder)
         writer.add_json("config.json", {**self.checkpoint.config, "quantization_config": quantization_config})
-        manifest = {key: value for key, value in report.to_dict().items() if key != "output_dir"}
-        writer.add_json(MANIFEST_NAME, manifest)
+        writer.add_json(MANIFEST_NAME, report.to_manifest())
 
     def _not_converted(self) -> list[str]:
         """Names every loader understands for what stayed in 16 bit: `lm_head` and the parts the user excluded."""

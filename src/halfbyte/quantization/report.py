@@ -9,6 +9,8 @@ from typing import Any
 from halfbyte.quantization.config import QuantConfig
 
 MANIFEST_NAME = "halfbyte_manifest.json"
+# What differs between two runs of the same thing; the manifest keeps these apart, under "run".
+MEASURED = ("seconds", "peak_memory_bytes", "blocks")
 
 
 @dataclass(frozen=True)
@@ -31,6 +33,21 @@ class LinearReport:
 
 
 @dataclass(frozen=True)
+class BlockReport:
+    """What one decoder block took.
+
+    Attributes:
+        name: dotted name in the model.
+        seconds: wall-clock time of statistics, search, rounding and packing.
+        peak_memory_bytes: most resident memory the process that did it had needed by then.
+    """
+
+    name: str
+    seconds: float
+    peak_memory_bytes: int
+
+
+@dataclass(frozen=True)
 class QuantizationReport:
     """The result of `halfbyte.quantize`.
 
@@ -45,8 +62,10 @@ class QuantizationReport:
         total_bytes_before: of all tensors.
         total_bytes_after: of all tensors.
         parameters_quantized: weights that are now `config.bits` wide.
-        seconds: wall-clock time.
-        peak_memory_bytes: peak resident memory of the process.
+        seconds: wall-clock time; of a resumed run, with what its finished blocks took before.
+        peak_memory_bytes: peak resident memory of the process, or of the worker that needed most.
+        blocks: time and memory of each decoder block.
+        threads: torch's threads during the search; another number may change the last bit of a sum.
         warnings: what deserves a second look.
         versions: of halfbyte, torch and transformers.
     """
@@ -63,6 +82,8 @@ class QuantizationReport:
     parameters_quantized: int
     seconds: float
     peak_memory_bytes: int
+    blocks: list[BlockReport] = field(default_factory=list)
+    threads: int = 0
     warnings: list[str] = field(default_factory=list)
     versions: dict[str, str] = field(default_factory=dict)
 
@@ -79,3 +100,22 @@ class QuantizationReport:
             "config": self.config.to_dict(),
             "bits_per_weight": self.bits_per_weight,
         }
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> QuantizationReport:
+        """The inverse of `to_dict`."""
+        values = {key: value for key, value in values.items() if key != "bits_per_weight"}
+        return cls(
+            **{
+                **values,
+                "output_dir": Path(values["output_dir"]),
+                "config": QuantConfig.from_dict(values["config"]),
+                "linears": [LinearReport(**linear) for linear in values["linears"]],
+                "blocks": [BlockReport(**block) for block in values["blocks"]],
+            }
+        )
+
+    def to_manifest(self) -> dict[str, Any]:
+        """What the checkpoint keeps: the same from any two runs of the same thing, but for `run`."""
+        values = {key: value for key, value in self.to_dict().items() if key != "output_dir"}
+        return {**values, "run": {key: values.pop(key) for key in MEASURED}}

@@ -1,0 +1,168 @@
+"""The hidden states between two blocks: in memory, or in files where they do not fit; on disk once a block is done.
+
+One file for each batch and block, raw float32, named STEP-NUMBER.KIND: STEP is the index of the block they go into.
+Files are read, not mapped: the pages of a map would count as resident memory, which is what they are to save.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from halfbyte.checkpoints.disk import fsync, writes_explained
+from halfbyte.checkpoints.journal import file_hash, is_intact
+from halfbyte.quantization.capture import Batch
+
+KINDS = ("hidden", "propagated")
+
+
+class States:
+    """All batches on their way through the model.
+
+    Args:
+        folder: for the files; exists.
+        target: named in messages.
+        device: where the hidden states are used.
+        spill: keep nothing in memory but what is in use.
+
+    Attributes:
+        batches: in the order of the calibration set. Theirs to replace: `hidden`, `propagated`, `kwargs`.
+        step: index of the block they go into.
+    """
+
+    def __init__(self, folder: Path, target: Path, device: torch.device, *, spill: bool):
+        self.folder = folder
+        self.target = target
+        self.device = device
+        self.spill = spill
+        self.batches: list[Batch] = []
+        self.step = 0
+
+    def take(self, batch: Batch, saved: dict[str, Any] | None = None) -> None:
+        """Add a batch.
+
+        Args:
+            batch: as it was captured before the first block.
+            saved: from `save`: continue there, with the hidden states saved then.
+        """
+        number = len(self.batches)
+        if self.spill:
+            batch = _SpilledBatch(batch, self, number)
+        if saved is not None:
+            self.step = saved["step"]
+            for kind in KINDS:
+                name = f"{self.step}-{number}.{kind}"
+                if name in saved["files"]:
+                    shape = torch.Size(saved["files"][name]["shape"])
+                    if isinstance(batch, _SpilledBatch):
+                        batch.files[kind] = (self.folder / name, shape)
+                    else:
+                        setattr(batch, kind, read_state(self.folder / name, shape).to(self.device))
+        self.batches.append(batch)
+
+    def save(self) -> dict[str, Any]:
+        """Make durable what goes into the next block, and count on.
+
+        Returns:
+            JSON values for `take` and `is_saved`.
+
+        Raises:
+            OutputError: the disk is full or refuses.
+        """
+        self.step += 1
+        files: dict[str, Any] = {}
+        with writes_explained(self.target):
+            for number, batch in enumerate(self.batches):
+                for kind in KINDS:
+                    path = self.folder / f"{self.step}-{number}.{kind}"
+                    if isinstance(batch, _SpilledBatch):
+                        _, shape = batch.files.get(kind, (path, None))
+                    else:
+                        tensor = getattr(batch, kind)
+                        shape = None if tensor is None else tensor.shape
+                        if tensor is not None:
+                            write_state(path, tensor)
+                    if shape is not None:
+                        files[path.name] = {"shape": list(shape), "sha256": file_hash(path)}
+            for name in files:
+                fsync(self.folder / name)
+            fsync(self.folder)
+        return {"step": self.step, "files": files}
+
+    def forget_earlier(self) -> None:
+        """Remove the files of blocks before the current one: what was saved since replaces them."""
+        for path in self.folder.iterdir():
+            step = path.name.partition("-")[0]
+            if step.isdecimal() and int(step) < self.step:
+                path.unlink()
+
+
+def is_saved(folder: Path, saved: dict[str, Any] | None) -> bool:
+    """Whether the files of a `save` are all there, as they were written."""
+    return saved is not None and all(
+        is_intact(folder / name, entry["sha256"]) for name, entry in saved["files"].items()
+    )
+
+
+def write_state(path: Path, tensor: torch.Tensor) -> None:
+    """float32 of any shape → its bytes."""
+    with path.open("wb") as file:
+        file.write(tensor.detach().to("cpu", torch.float32).contiguous().reshape(-1).view(torch.uint8).numpy().data)
+
+
+def read_state(path: Path, shape: torch.Size) -> torch.Tensor:
+    """The inverse of `write_state`, in memory of torch's own and so aligned as a computed tensor is."""
+    tensor = torch.empty(shape)
+    with path.open("rb") as file:
+        file.readinto(tensor.reshape(-1).view(torch.uint8).numpy().data)
+    return tensor
+
+
+class _SpilledBatch(Batch):
+    """A batch whose hidden states are in files: read each time they are asked for, written when they are replaced."""
+
+    def __init__(self, batch: Batch, states: States, number: int):
+        self.files: dict[str, tuple[Path, torch.Size]] = {}
+        self._states = states
+        self._number = number
+        self._ahead = 0  # what is given here goes into the block to come, what is set later comes out of it
+        super().__init__(batch.hidden, batch.kwargs, batch.propagated)
+        self._ahead = 1
+
+    def _get(self, kind: str) -> torch.Tensor | None:
+        if kind not in self.files:
+            return None
+        path, shape = self.files[kind]
+        return read_state(path, shape).to(self._states.device)
+
+    def _set(self, kind: str, value: torch.Tensor | None) -> None:
+        if value is None:
+            self.files.pop(kind, None)
+            return
+        step = self._states.step + self._ahead
+        path = self._states.folder / f"{step}-{self._number}.{kind}"
+        with writes_explained(self._states.target, value.nbytes):
+            write_state(path, value)
+        self.files[kind] = (path, value.shape)
+
+    @property
+    def hidden(self) -> torch.Tensor:
+        """Float32 [blocks, tokens, hidden], read from its file."""
+        value = self._get("hidden")
+        assert value is not None
+        return value
+
+    @hidden.setter
+    def hidden(self, value: torch.Tensor) -> None:
+        self._set("hidden", value)
+
+    @property
+    def propagated(self) -> torch.Tensor | None:
+        """The same through the blocks as they were quantized, or None."""
+        return self._get("propagated")
+
+    @propagated.setter
+    def propagated(self, value: torch.Tensor | None) -> None:
+        self._set("propagated", value)
