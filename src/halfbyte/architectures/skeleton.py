@@ -7,22 +7,15 @@ a few megabytes. Buffers (rotary frequencies and the like) are real: they come f
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import nn
 
+from halfbyte.architectures.aliases import load_config
+from halfbyte.architectures.matrices import matrices_of
+from halfbyte.architectures.stored import TensorSource
 from halfbyte.errors import CheckpointError, UnsupportedError
-
-
-class TensorSource(Protocol):
-    """Where weights come from: `checkpoints.Checkpoint`, or anything that reads a tensor by its name on disk."""
-
-    def __contains__(self, name: object) -> bool:
-        """Whether the source holds the tensor."""
-
-    def read(self, name: str) -> torch.Tensor:
-        """The tensor, in memory of its own."""
 
 
 def build_skeleton(folder: str, dtype: torch.dtype) -> Any:
@@ -32,6 +25,8 @@ def build_skeleton(folder: str, dtype: torch.dtype) -> Any:
         folder: a Hugging Face model folder; only config.json is read.
         dtype: dtype of the parameters to come.
 
+    A vision-language model is built whole; `find_decoder_blocks` finds its text tower.
+
     Raises:
         UnsupportedError: transformers cannot build a causal language model from this config.
     """
@@ -39,9 +34,14 @@ def build_skeleton(folder: str, dtype: torch.dtype) -> Any:
     import transformers
 
     try:
-        config = transformers.AutoConfig.from_pretrained(folder, local_files_only=True)
+        config = load_config(folder)
+        build = transformers.AutoModelForCausalLM
+        if type(config) not in transformers.MODEL_FOR_CAUSAL_LM_MAPPING:
+            build = transformers.AutoModelForImageTextToText
         with accelerate.init_empty_weights(include_buffers=False):
-            model = transformers.AutoModelForCausalLM.from_config(config, dtype=dtype)
+            model = build.from_config(config, dtype=dtype)
+        if hasattr(model, "set_experts_implementation"):
+            model.set_experts_implementation("eager")  # the fused ones want all experts in one tensor of floats
     except Exception as error:  # a config is a stranger's file, and each architecture fails on it in a way of its own
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise UnsupportedError(
@@ -55,24 +55,45 @@ def build_skeleton(folder: str, dtype: torch.dtype) -> Any:
 def find_decoder_blocks(model: nn.Module) -> tuple[str, nn.ModuleList]:
     """The list of decoder blocks and its dotted name.
 
-    It is the longest `ModuleList` whose members are all of one class and hold linears; the config's layer count
-    breaks ties.
+    It is the longest `ModuleList` whose members are all of one class and hold matrices; the config's layer count
+    breaks ties. Of a vision-language model it is that of the part that embeds tokens.
 
     Raises:
         UnsupportedError: there is none.
     """
-    layers = getattr(getattr(model, "config", None), "num_hidden_layers", None)
-    best: tuple[str, nn.ModuleList] | None = None
+    config = getattr(model, "config", None)
+    text = config.get_text_config() if config is not None else None
+    layers = getattr(text, "num_hidden_layers", None)
+    best: tuple[tuple[bool, bool, int], str, nn.ModuleList] | None = None
     for name, module in model.named_modules():
         if not isinstance(module, nn.ModuleList) or len({type(child) for child in module}) != 1:
             continue
-        if not any(isinstance(part, nn.Linear) for part in module[0].modules()):
+        if not any(parameter.ndim > 1 for parameter in module[0].parameters()):
             continue
-        if best is None or (len(module) == layers, len(module)) > (len(best[1]) == layers, len(best[1])):
-            best = (name, module)
+        rank = (_embeds_tokens(text_tower(model, name)[1]), len(module) == layers, len(module))
+        if best is None or rank > best[0]:
+            best = (rank, name, module)
     if best is None:
         raise UnsupportedError(f"{type(model).__name__}: no list of decoder blocks found in the module tree")
-    return best
+    return best[1], best[2]
+
+
+def text_tower(model: nn.Module, blocks_name: str) -> tuple[str, nn.Module]:
+    """The innermost model around the decoder blocks, which takes `input_ids`, and its dotted name."""
+    path = blocks_name
+    while path:
+        path = path.rpartition(".")[0]
+        module = model.get_submodule(path)
+        if hasattr(module, "get_input_embeddings"):
+            return path, module
+    return "", model
+
+
+def _embeds_tokens(tower: nn.Module) -> bool:
+    try:
+        return isinstance(tower.get_input_embeddings(), nn.Embedding)  # type: ignore[operator]
+    except (AttributeError, NotImplementedError):
+        return False
 
 
 def named_linears(block: nn.Module) -> Iterator[tuple[str, nn.Linear]]:
@@ -90,7 +111,7 @@ def fill(
     *,
     skip: str | None = None,
 ) -> None:
-    """Read every parameter of `module` that is still on the meta device.
+    """Read every parameter of `module` that is still on the meta device, and the buffers the source holds.
 
     Args:
         module: part of a skeleton.
@@ -114,10 +135,24 @@ def fill(
                 f"tensor {full}: expected shape {list(parameter.shape)} from config.json, found {list(tensor.shape)}"
             )
         set_parameter(module, name, tensor if dtype is None else tensor.to(dtype))
+    for name, buffer in module.named_buffers():
+        full = f"{prefix}.{name}" if prefix else name
+        if full in source and not (skip is not None and name.startswith(skip + ".")):
+            stored = source.read(full)
+            if stored.shape == buffer.shape:
+                buffer.copy_(stored)
 
 
 def weight_of(block: nn.Module, name: str) -> torch.Tensor:
-    """The weight of the module with the dotted `name` inside `block`, as a plain tensor that shares its memory."""
+    """The weight called `name` inside `block`, sharing its memory.
+
+    Args:
+        block: a decoder block.
+        name: of a matrix (`matrices_of`), whose view is [out, in], or of a module with a weight, such as a norm.
+    """
+    matrix = matrices_of(block).get(name)
+    if matrix is not None:
+        return matrix.view(block)
     weight = block.get_submodule(name).weight
     assert isinstance(weight, torch.Tensor)
     return weight.data
