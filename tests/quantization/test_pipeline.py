@@ -118,8 +118,8 @@ def test_the_report_says_what_happened_and_is_kept_as_the_manifest(tiny_llama: P
     assert len(manifest["linears"]) == 14
 
 
-def test_an_unprovable_fold_is_reported_and_left_out(tmp_path: Path) -> None:
-    """Gemma's norms multiply by 1 + w: Llama's names, another function. The experiment notices."""
+def test_norms_that_multiply_by_1_plus_w_are_folded(tmp_path: Path) -> None:
+    """Gemma's norms have Llama's names, but another function. The experiment tells them apart."""
     from transformers import GemmaConfig, GemmaForCausalLM
 
     from tests.conftest import make_tokenizer
@@ -136,10 +136,8 @@ def test_an_unprovable_fold_is_reported_and_left_out(tmp_path: Path) -> None:
     model.to(torch.bfloat16).save_pretrained(tmp_path / "gemma")
     make_tokenizer(tmp_path / "gemma")
     report = halfbyte.quantize(tmp_path / "gemma", tmp_path / "out", **QUICK)
-    assert len(report.warnings) == 2
-    assert "scaling model.layers.0" not in report.warnings[0]
-    assert "input_layernorm" in report.warnings[0]
-    assert {linear.scale for linear in report.linears if "q_proj" in linear.name} == {"none"}
+    assert not report.warnings
+    assert "none" not in {linear.scale for linear in report.linears}
     ids = torch.randint(320, (50,), generator=torch.Generator().manual_seed(1))
     original, found = halfbyte.load(tmp_path / "gemma").logits(ids), halfbyte.load(tmp_path / "out").logits(ids)
     assert float((found - original).norm() / original.norm()) < 0.4

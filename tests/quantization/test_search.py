@@ -11,7 +11,8 @@ import torch
 from halfbyte.architectures.skeleton import find_decoder_blocks, named_linears, weight_of
 from halfbyte.quantization.clipping import search_clip
 from halfbyte.quantization.config import QuantConfig
-from halfbyte.quantization.folding import PROOF_TOLERANCE, Fold, candidate_folds, proven
+from halfbyte.quantization.discovery import PROOF_TOLERANCE, discover_folds, proven
+from halfbyte.quantization.folding import Fold
 from halfbyte.quantization.grid import Grid
 from halfbyte.quantization.scaling import gram_error, search_scales
 from halfbyte.quantization.statistics import InputStatistics, StatisticsCollector, group_by_input
@@ -119,15 +120,16 @@ def test_clipping_takes_the_best_factor_of_each_group() -> None:
 
 
 def test_every_candidate_of_a_llama_block_is_proven(tiny_llama: Path) -> None:
-    model, block, hidden, kwargs = block_of(tiny_llama)
-    folds = candidate_folds(block, model.config)
-    assert [(fold.producer, fold.consumers) for fold in folds] == [
-        ("input_layernorm", ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")),
-        ("post_attention_layernorm", ("mlp.gate_proj", "mlp.up_proj")),
-        ("mlp.up_proj", ("mlp.down_proj",)),
-        ("self_attn.v_proj", ("self_attn.o_proj",)),
-    ]
-    assert folds[3].channels == 32  # two value heads of 16 channels, each shared by two query heads
+    _, block, hidden, kwargs = block_of(tiny_llama)
+    folds = discover_folds(block, hidden, kwargs).folds
+    assert {fold.producer: fold.consumers for fold in folds} == {
+        "input_layernorm": ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
+        "post_attention_layernorm": ("mlp.gate_proj", "mlp.up_proj"),
+        "self_attn.v_proj": ("self_attn.o_proj",),
+        "mlp.up_proj": ("mlp.down_proj",),
+    }
+    value = next(fold for fold in folds if fold.kind == "value")
+    assert value.channels == 32  # two value heads of 16 channels, each shared by two query heads
     for _, deviation in proven(block, folds, hidden, kwargs):
         assert deviation < PROOF_TOLERANCE
 
@@ -152,19 +154,19 @@ def test_a_wrong_fold_is_not_proven(
 
 
 def test_proving_leaves_the_block_alone(tiny_llama: Path) -> None:
-    model, block, hidden, kwargs = block_of(tiny_llama)
+    _, block, hidden, kwargs = block_of(tiny_llama)
     before = {name: value.clone() for name, value in block.state_dict().items()}
-    proven(block, candidate_folds(block, model.config), hidden, kwargs)
+    discover_folds(block, hidden, kwargs)
     assert all(torch.equal(value, before[name]) for name, value in block.state_dict().items())
 
 
 def test_a_norm_rounded_for_storage_costs_nothing(tiny_llama: Path) -> None:
     """The consumers take up exactly what rounding the divided norm to bf16 left over."""
-    model, block, hidden, kwargs = block_of(tiny_llama)
+    _, block, hidden, kwargs = block_of(tiny_llama)
     block.double()
     hidden, kwargs = hidden.double(), {k: tuple(t.double() for t in v) for k, v in kwargs.items()}
     reference = block(hidden, **kwargs)
-    fold = candidate_folds(block, model.config)[0]
+    fold = next(fold for fold in discover_folds(block, hidden, kwargs).folds if fold.producer == "input_layernorm")
     scales = torch.exp(torch.randn(fold.channels, dtype=torch.float64))
     effective = fold.apply(block, scales, torch.bfloat16)
     stored = weight_of(block, "input_layernorm")

@@ -7,25 +7,24 @@ returned beside it. Its outputs are computed before any of that, so later blocks
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 from torch import nn
 
-from halfbyte.architectures.skeleton import named_linears, weight_of
+from halfbyte.architectures.matrices import quantizable_matrices
+from halfbyte.architectures.skeleton import weight_of
 from halfbyte.quantization.capture import Batch
 from halfbyte.quantization.clipping import search_clip
 from halfbyte.quantization.config import QuantConfig
-from halfbyte.quantization.folding import PROOF_TOLERANCE, Fold, candidate_folds, proven
+from halfbyte.quantization.discovery import Discovery, discover_folds
+from halfbyte.quantization.folding import Fold
 from halfbyte.quantization.grid import Grid
 from halfbyte.quantization.report import LinearReport
 from halfbyte.quantization.scaling import gram_error, search_scales
-from halfbyte.quantization.statistics import InputStatistics, StatisticsCollector, group_by_input
+from halfbyte.quantization.statistics import InputStatistics, StatisticsCollector
 from halfbyte.tensor import QuantizedTensor
-
-# The identity of a fold holds for any input, so a few tokens prove it; fp64 on more would only cost time.
-PROOF_TOKENS = 8
 
 
 @dataclass
@@ -40,9 +39,9 @@ class BlockResult:
 def round_block(block: nn.Module, name: str, config: QuantConfig) -> BlockResult:
     """Rounding to nearest, no calibration: the `rtn` method."""
     result = BlockResult()
-    for local, linear in named_linears(block):
+    for local in quantizable_matrices(block):
         if not config.skips(f"{name}.{local}"):
-            result.tensors[local] = make_grid(config).quantize(linear.weight.data)
+            result.tensors[local] = make_grid(config).quantize(weight_of(block, local))
             result.reports.append(LinearReport(f"{name}.{local}"))
     return result
 
@@ -69,23 +68,29 @@ def calibrate_block(
         dtype_on_disk: full name of a tensor → the dtype it is stored in if it is not quantized.
     """
     result = BlockResult()
-    first = batches[0]
-    shared_inputs = group_by_input(block, first.hidden[:1], first.kwargs[index])
-    folds = _usable_folds(block, index, name, first, model_config, shared_inputs, config, result)
-    statistics = _collect(block, index, batches, shared_inputs)
+    found = _usable_folds(block, index, name, batches[0], result)
+    statistics = _collect(block, name, index, batches, found.shared_inputs, result)
+    inputs = {
+        shared: _measure_shared_input(block, name, shared, statistics[shared[0]], config)
+        for shared in found.shared_inputs
+    }
     # Every fold is applied before anything is rounded: the producer of a later fold (v, up) is a consumer of an
     # earlier one, and its rows must have their final scale when its codes are chosen.
-    inputs = [
-        _scale_shared_input(block, name, shared, folds.get(shared), statistics[shared[0]], config, dtype_on_disk)
-        for shared in shared_inputs
-    ]
-    for scaled in inputs:
+    for fold in found.folds:
+        fed = [shared for shared in found.shared_inputs if set(shared) & set(fold.consumers)]
+        _scale_inputs(block, name, fold, fed, inputs, statistics, config, dtype_on_disk)
+    for scaled in inputs.values():
         _round_shared_input(block, name, scaled, config, result)
     return result
 
 
 def _collect(
-    block: nn.Module, index: int, batches: list[Batch], shared_inputs: list[tuple[str, ...]]
+    block: nn.Module,
+    name: str,
+    index: int,
+    batches: list[Batch],
+    shared_inputs: list[tuple[str, ...]],
+    result: BlockResult,
 ) -> dict[str, InputStatistics]:
     collector = StatisticsCollector(block, shared_inputs)
     outputs = collector.run((batch.hidden, batch.kwargs[index]) for batch in batches)
@@ -93,50 +98,22 @@ def _collect(
     for batch, hidden in zip(batches, outputs, strict=True):
         batch.hidden = hidden
         batch.kwargs[index] = {}
+    unseen = [local for found in collector.statistics.values() if not found.tokens for local in found.linears]
+    if unseen:
+        result.warnings.append(f"{name}: no calibration token reaches {', '.join(unseen)}; rounded to nearest")
     return collector.statistics
 
 
-def _usable_folds(
-    block: nn.Module,
-    index: int,
-    name: str,
-    batch: Batch,
-    model_config: Any,
-    shared_inputs: list[tuple[str, ...]],
-    config: QuantConfig,
-    result: BlockResult,
-) -> dict[tuple[str, ...], Fold]:
-    """Folds that were proven, by the set of linears they feed. A consumer left in 16 bit is rescaled all the same."""
-    candidates = [
-        fold for fold in candidate_folds(block, model_config) if set(fold.consumers) in map(set, shared_inputs)
-    ]
-    usable = {}
-    hidden = batch.hidden[:1, :PROOF_TOKENS]
-    kwargs = _first_tokens(batch.kwargs[index], batch.hidden.shape[1])
-    for fold, deviation in proven(block, candidates, hidden, kwargs):
-        if deviation <= PROOF_TOLERANCE:
-            usable[next(shared for shared in shared_inputs if set(shared) == set(fold.consumers))] = fold
-        else:
+def _usable_folds(block: nn.Module, index: int, name: str, batch: Batch, result: BlockResult) -> Discovery:
+    """Folds that were proven, and what shares an input. A consumer left in 16 bit is rescaled all the same."""
+    found = discover_folds(block, batch.hidden, batch.kwargs[index])
+    for trial in found.trials:
+        if trial.fold is None and trial.kind == "norm":
             result.warnings.append(
-                f"{name}: scaling {fold.producer} → {', '.join(fold.consumers)} changes the block's output by "
-                f"{deviation:.1e}; those linears are quantized unscaled"
+                f"{name}: scaling {trial.producer} → {', '.join(trial.consumers)}: {trial.reason}; "
+                f"those linears are quantized unscaled"
             )
-    return usable
-
-
-def _first_tokens(kwargs: dict[str, Any], tokens: int) -> dict[str, Any]:
-    """The block's other arguments, cut to PROOF_TOKENS wherever an axis runs over the batch's tokens."""
-
-    def cut(value: Any) -> Any:
-        if isinstance(value, torch.Tensor):
-            value = value[:1] if value.ndim > 1 else value
-            for axis in range(value.ndim):
-                if value.shape[axis] == tokens:
-                    value = value.narrow(axis, 0, min(PROOF_TOKENS, tokens))
-            return value
-        return tuple(map(cut, value)) if isinstance(value, tuple) else value
-
-    return {key: cut(value) for key, value in kwargs.items()}
+    return found
 
 
 @dataclass(frozen=True)
@@ -158,34 +135,48 @@ class _ScaledInput:
     rtn_errors: dict[str, float]
 
 
-def _scale_shared_input(
+def _measure_shared_input(
+    block: nn.Module, name: str, shared: tuple[str, ...], statistics: InputStatistics, config: QuantConfig
+) -> _ScaledInput:
+    """What rounding to nearest would cost, before any fold is applied."""
+    grid, gram = make_grid(config), statistics.gram
+    quantizable = quantizable_matrices(block)
+    names = tuple(local for local in shared if local in quantizable and not config.skips(f"{name}.{local}"))
+    weights = {local: weight_of(block, local) for local in names}
+    energy = {local: float(gram_error(weight, gram)) for local, weight in weights.items()}
+    rtn_errors = {
+        local: float(gram_error(grid.fake_quantize(weight) - weight, gram)) for local, weight in weights.items()
+    }
+    return _ScaledInput(names, gram, "none", energy, rtn_errors)
+
+
+def _scale_inputs(
     block: nn.Module,
     name: str,
-    shared: tuple[str, ...],
-    fold: Fold | None,
-    statistics: InputStatistics,
+    fold: Fold,
+    fed: list[tuple[str, ...]],
+    inputs: dict[tuple[str, ...], _ScaledInput],
+    statistics: dict[str, InputStatistics],
     config: QuantConfig,
     dtype_on_disk: Callable[[str], torch.dtype],
-) -> _ScaledInput:
-    """Search the scale of one shared input and fold it into the block."""
-    grid = make_grid(config)
-    names = tuple(local for local in shared if not config.skips(f"{name}.{local}"))
-    weights = [weight_of(block, local) for local in names]
-    gram = statistics.gram
-    energy = {local: float(gram_error(weight, gram)) for local, weight in zip(names, weights, strict=True)}
-    rtn_errors = {
-        local: float(gram_error(grid.fake_quantize(weight) - weight, gram))
-        for local, weight in zip(names, weights, strict=True)
-    }
-    label = "none"
-    if fold is not None and names:
-        choice = search_scales(fold, weights, statistics, grid, config)
-        label = choice.label
-        if label != "identity":
-            stored = dtype_on_disk(f"{name}.{fold.producer}.weight")
-            columns = fold.per_column(fold.apply(block, choice.scales, stored))
-            gram = gram / columns.unsqueeze(0) / columns.unsqueeze(1)
-    return _ScaledInput(names, gram, label, energy, rtn_errors)
+) -> None:
+    """Search the scale of one fold, apply it to the block and to the statistics of every input it feeds.
+
+    A norm before experts feeds several inputs: all tokens go to the router, each expert sees some. The search uses the
+    one with most tokens, which is all of them.
+    """
+    weights = [weight_of(block, local) for shared in fed for local in inputs[shared].names]
+    widest = max(fed, key=lambda shared: statistics[shared[0]].tokens)
+    if not weights or not statistics[widest[0]].tokens:
+        return
+    choice = search_scales(fold, weights, statistics[widest[0]], make_grid(config), config)
+    columns = torch.ones(())
+    if choice.label != "identity":
+        columns = fold.per_column(fold.apply(block, choice.scales, dtype_on_disk(f"{name}.{fold.producer}.weight")))
+    columns = columns.to(choice.scales.device)
+    for shared in fed:
+        gram = inputs[shared].gram / columns.unsqueeze(0) / columns.unsqueeze(-1)
+        inputs[shared] = replace(inputs[shared], gram=gram, label=choice.label)
 
 
 def _round_shared_input(

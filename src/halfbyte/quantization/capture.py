@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -9,7 +10,10 @@ from typing import Any
 import torch
 from torch import nn
 
-from halfbyte.architectures.skeleton import TensorSource, fill, release
+from halfbyte.architectures.matrices import Matrix, quantizable_matrices
+from halfbyte.architectures.skeleton import fill, set_parameter, text_tower
+from halfbyte.architectures.stored import TensorSource
+from halfbyte.errors import UnsupportedError
 
 # Tokens in one forward pass: enough for the matrix products to run at full speed, little enough for activations of an
 # MLP (tokens × intermediate × 4 bytes) to stay in the tens of megabytes.
@@ -62,45 +66,79 @@ def capture_block_inputs(
         device: where to compute.
         batch_tokens: see `make_token_batches`.
     """
-    base = model.base_model
-    base_name = "" if base is model else model.base_model_prefix
-    fill(base, base_name, source, torch.float32, skip=blocks_name.removeprefix(base_name).lstrip("."))
+    tower_name, tower = text_tower(model, blocks_name)
+    fill(tower, tower_name, source, torch.float32, skip=blocks_name.removeprefix(tower_name).lstrip("."))
     blocks = model.get_submodule(blocks_name)
-    for part in base.children():
-        if part is not blocks:
-            part.to(device)
-
+    _move_around(tower, blocks, device)
     for tokens in make_token_batches(token_blocks, batch_tokens):
+        yield _capture(tower, blocks, tokens.to(device))
+    inside = {id(parameter) for parameter in blocks.parameters()}
+    for name, parameter in list(tower.named_parameters()):
+        if id(parameter) not in inside:
+            set_parameter(tower, name, torch.empty_like(parameter, device="meta"))
+
+
+def _move_around(tower: nn.Module, blocks: nn.ModuleList, device: torch.device) -> None:
+    """Everything but the blocks, which are empty, to the device."""
+    inside = {id(module) for module in blocks.modules()}
+    for module in tower.modules():
+        if id(module) not in inside:
+            for parameter in module.parameters(recurse=False):
+                parameter.data = parameter.data.to(device)
+            for name, buffer in module.named_buffers(recurse=False):
+                setattr(module, name, buffer.to(device))
+
+
+def _capture(tower: Any, blocks: nn.ModuleList, tokens: torch.Tensor) -> Batch:
+    """One batch through everything around the blocks, which hand on what they get.
+
+    Some models expect a block to return the hidden states, others a tuple with them; nothing says which, but with the
+    wrong one the second block gets something else than the first handed on.
+    """
+    for as_tuple in (False, True):
         batch = Batch(torch.empty(0), [{} for _ in blocks])
+        seen: list[torch.Tensor] = []
         for index, block in enumerate(blocks):
-            block.forward = _recorder(batch, index)
+            block.forward = _recorder(batch, index, inspect.signature(type(block).forward), seen, as_tuple)
         try:
-            base(input_ids=tokens.to(device), use_cache=False)
+            tower(input_ids=tokens, use_cache=False)
+        except (IndexError, RuntimeError, TypeError, ValueError, AttributeError):
+            if as_tuple:
+                raise
+            continue
         finally:
             for block in blocks:
                 del block.forward
-        yield batch
-    for part in base.children():
-        if part is not blocks:
-            release(part)
+        if all(hidden.shape == seen[0].shape for hidden in seen):
+            return batch
+    raise UnsupportedError(f"{type(tower).__name__}: its decoder blocks do not hand hidden states from one to the next")
 
 
-def _recorder(batch: Batch, index: int) -> Any:
-    """A forward that notes its arguments and passes the hidden states on."""
+def _recorder(batch: Batch, index: int, signature: inspect.Signature, seen: list[torch.Tensor], as_tuple: bool) -> Any:
+    """A forward that notes its arguments by name and passes the hidden states on."""
 
-    def forward(hidden_states: torch.Tensor, **kwargs: Any) -> torch.Tensor:
+    def forward(*args: Any, **kwargs: Any) -> Any:
+        names = list(signature.parameters)[1:]  # without self
+        arguments = {**dict(zip(names, args, strict=False)), **kwargs}
+        hidden = arguments.pop(names[0])
         if index == 0:
-            batch.hidden = hidden_states
-        batch.kwargs[index] = kwargs
-        return hidden_states
+            batch.hidden = hidden
+        seen.append(hidden)
+        batch.kwargs[index] = arguments
+        return (hidden,) if as_tuple else hidden
 
     return forward
 
 
-def quantizable_linears(blocks: nn.ModuleList, blocks_name: str) -> list[tuple[str, int]]:
-    """(full name, in_features) of every linear inside the decoder blocks."""
-    return [
-        (f"{blocks_name}.{name}", module.in_features)
-        for name, module in blocks.named_modules()
-        if isinstance(module, nn.Linear)
-    ]
+def quantizable_linears(blocks: nn.ModuleList, blocks_name: str) -> dict[str, Matrix]:
+    """Every matrix of the decoder blocks that may be quantized, by its full name on disk.
+
+    Args:
+        blocks: the decoder blocks.
+        blocks_name: what the checkpoint calls their list.
+    """
+    return {
+        f"{blocks_name}.{index}.{name}": matrix
+        for index, block in enumerate(blocks)
+        for name, matrix in quantizable_matrices(block).items()
+    }

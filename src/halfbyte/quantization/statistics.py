@@ -8,25 +8,25 @@ candidate scale, clip and rounding afterwards (docs/design/quantization.md).
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import nn
 
-from halfbyte.architectures.skeleton import named_linears
+from halfbyte.architectures.skeleton import weight_of
+from halfbyte.quantization.tracing import BlockTrace, Product
 
 
 @dataclass
 class InputStatistics:
-    """Accumulated over the tokens that reached a set of linears sharing one input.
+    """Accumulated over the tokens that reached a set of matrices sharing one input.
 
     Attributes:
-        linears: their names in the block.
+        linears: their names in the block, routers and other ones that stay in 16 bit among them.
         gram: float32 [in, in], E[x xᵀ] once `finish` was called, a running sum before.
         mean_abs: float32 [in], E|x| likewise.
-        tokens: rows accumulated.
+        tokens: rows accumulated; none for an expert that was never chosen.
     """
 
     linears: tuple[str, ...]
@@ -48,7 +48,7 @@ class InputStatistics:
 
 
 def group_by_input(block: nn.Module, hidden: torch.Tensor, kwargs: dict[str, Any]) -> list[tuple[str, ...]]:
-    """Which linears of the block consume the very same tensor, found by running it once.
+    """Which matrices of the block consume the very same rows, found by running it once.
 
     Args:
         block: a decoder block with its weights.
@@ -56,29 +56,26 @@ def group_by_input(block: nn.Module, hidden: torch.Tensor, kwargs: dict[str, Any
         kwargs: the other arguments the model passes to it.
 
     Returns:
-        Names of linears, grouped, in order of execution.
+        Names of matrices, grouped, in order of execution. An expert these tokens do not reach is not among them.
     """
-    seen: list[tuple[torch.Tensor, list[str]]] = []
-
-    def record(name: str, x: torch.Tensor) -> None:
-        for known, names in seen:
-            if known is x:
-                names.append(name)
-                return
-        seen.append((x, [name]))
-
-    with _input_hooks(named_linears(block), record):
+    trace = BlockTrace(block)
+    with trace:
         block(hidden, **kwargs)
-    return [tuple(names) for _, names in seen]
+    groups: dict[int, list[str]] = {}
+    for product in trace.products:
+        names = groups.setdefault(id(trace.root(product.x, same_rows=True)), [])
+        names += [name for name in product.matrices if name not in names]
+    return [tuple(names) for names in groups.values()]
 
 
 @dataclass
 class StatisticsCollector:
-    """Runs a block over batches of hidden states and accumulates the statistics of its linears' inputs.
+    """Runs a block over batches of hidden states and accumulates the statistics of its matrices' inputs.
 
     Attributes:
         block: the block, unquantized.
-        shared_inputs: from `group_by_input`.
+        shared_inputs: names of the matrices that consume the same rows.
+        statistics: by the first name of each.
     """
 
     block: nn.Module
@@ -87,24 +84,28 @@ class StatisticsCollector:
 
     def __post_init__(self) -> None:
         """Allocate one set of accumulators per distinct input."""
-        linears = dict(named_linears(self.block))
         self.statistics = {}
+        self._group_of = {name: names[0] for names in self.shared_inputs for name in names}
         for names in self.shared_inputs:
-            first = linears[names[0]]
-            width, device = first.in_features, first.weight.device
+            weight = weight_of(self.block, names[0])
+            width, device = weight.shape[1], weight.device
             self.statistics[names[0]] = InputStatistics(
                 names, torch.zeros(width, width, device=device), torch.zeros(width, device=device)
             )
 
     def run(self, batches: Iterable[tuple[torch.Tensor, dict[str, Any]]]) -> Iterator[torch.Tensor]:
         """Yield the block's output for each (hidden, kwargs), in order; statistics are final after the last."""
-        linears = dict(named_linears(self.block))
-        watched = [(first, linears[first]) for first in self.statistics]
-        with _input_hooks(watched, lambda name, x: self.statistics[name].add(x)):
-            for hidden, kwargs in batches:
-                yield block_output(self.block(hidden, **kwargs))
+        for hidden, kwargs in batches:
+            with BlockTrace(self.block, on_product=self._add):
+                output = block_output(self.block(hidden, **kwargs))
+            yield output
         for statistics in self.statistics.values():
             statistics.finish()
+
+    def _add(self, product: Product) -> None:
+        group = self._group_of.get(product.matrices[0])
+        if group == product.matrices[0]:  # once for all that share the input
+            self.statistics[group].add(product.x)
 
 
 def block_output(result: Any) -> torch.Tensor:
@@ -112,16 +113,3 @@ def block_output(result: Any) -> torch.Tensor:
     hidden = result[0] if isinstance(result, tuple) else result
     assert isinstance(hidden, torch.Tensor)
     return hidden
-
-
-@contextmanager
-def _input_hooks(linears: Iterable[tuple[str, nn.Module]], receive: Any) -> Iterator[None]:
-    def hook(name: str) -> Any:
-        return lambda _module, args: receive(name, args[0])
-
-    handles = [module.register_forward_pre_hook(hook(name)) for name, module in linears]
-    try:
-        yield
-    finally:
-        for handle in handles:
-            handle.remove()
