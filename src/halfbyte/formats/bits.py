@@ -1,4 +1,8 @@
-"""Eight 4-bit codes in one 32-bit word: the core every layout shares."""
+"""Codes narrower than a byte, packed without gaps: the core every layout shares.
+
+The AWQ layouts put eight 4-bit codes in a 32-bit word, in an order of their own; halfbyte's own layout is a stream of
+bits.
+"""
 
 from __future__ import annotations
 
@@ -33,3 +37,42 @@ def unpack_nibbles(words: torch.Tensor, order: Sequence[int] = NATURAL) -> torch
     runs[..., list(order[0::2])] = packed & 15
     runs[..., list(order[1::2])] = packed >> 4
     return runs.reshape(*words.shape[:-1], -1)
+
+
+def stream_bytes(count: int, bits: int) -> int:
+    """Bytes that `count` codes of `bits` bits take."""
+    return -(-count * bits // 8)
+
+
+def pack_stream(codes: torch.Tensor, bits: int) -> torch.Tensor:
+    """Pack each row to a stream of bits: code k takes bits k·bits and up, and bit b is bit b % 8 of byte b // 8.
+
+    Args:
+        codes: uint8 [rows, count], each below 2^bits.
+        bits: 1 to 8.
+
+    Returns:
+        uint8 [rows, ceil(count · bits / 8)]; unused bits of the last byte are 0.
+    """
+    rows, count = codes.shape
+    padded = torch.nn.functional.pad(codes, (0, -count % 8)).reshape(rows, -1, 8)
+    # Eight codes fill `bits` whole bytes: the lowest ones of a 64-bit number.
+    run = torch.zeros(padded.shape[:2], dtype=torch.int64, device=codes.device)
+    for i in range(8):
+        run |= padded[..., i].long() << bits * i
+    packed = run.unsqueeze(-1).view(torch.uint8)[..., :bits]
+    return packed.reshape(rows, -1)[:, : stream_bytes(count, bits)].contiguous()
+
+
+def unpack_stream(packed: torch.Tensor, bits: int, count: int) -> torch.Tensor:
+    """The inverse of `pack_stream`: uint8 [rows, ceil(count · bits / 8)] → uint8 [rows, count]."""
+    rows = packed.shape[0]
+    runs = -(-count // 8)
+    padded = torch.nn.functional.pad(packed, (0, runs * bits - packed.shape[1])).reshape(rows, runs, bits)
+    wide = torch.zeros(rows, runs, 8, dtype=torch.uint8, device=packed.device)
+    wide[..., :bits] = padded
+    run = wide.view(torch.int64)
+    codes = torch.empty(rows, runs, 8, dtype=torch.uint8, device=packed.device)
+    for i in range(8):
+        codes[..., i] = (run.squeeze(-1) >> bits * i) & ((1 << bits) - 1)
+    return codes.reshape(rows, -1)[:, :count].contiguous()

@@ -47,38 +47,81 @@ class GemmConfig:
 
 
 def check(out_features: int, in_features: int, group_size: int, bits: int, name: str) -> None:
-    """Whether the layout can hold a linear.
+    """Whether the layout can hold a linear of this shape.
 
     Raises:
         UnsupportedError: it cannot; names the linear and the reason.
     """
+    reason = _misfit(out_features, in_features, group_size, bits)
+    if reason is not None:
+        raise UnsupportedError(f"{name}: {reason}")
+
+
+def cannot_hold(tensor: QuantizedTensor) -> str | None:
+    """Why the layout cannot hold a quantized weight without changing it, in words; None if it can."""
+    reason = _misfit(tensor.out_features, tensor.in_features, tensor.group_size, tensor.bits)
+    if reason is not None:
+        return reason
+    if tensor.zeros.is_floating_point():
+        return "has floating minima; the AWQ GEMM layout stores integer zero points"
+    for part, what in (
+        ("kept_columns", "columns kept in 16 bit"),
+        ("group_index", "groups of columns that are no neighbours"),
+        ("input_scale", "a scale on its input"),
+    ):
+        if getattr(tensor, part) is not None:
+            return f"has {what}, for which the AWQ GEMM layout has no place"
+    reason = _inexact(tensor.scales)
+    if reason is not None:
+        return f"has scales that fp16 cannot hold exactly ({reason}); the AWQ GEMM layout stores fp16"
+    if tensor.bias is not None and not torch.isfinite(tensor.bias.half()).all():
+        return "has a bias that fp16 cannot hold; add it to modules_to_not_convert"
+    return None
+
+
+def _misfit(out_features: int, in_features: int, group_size: int, bits: int) -> str | None:
     if bits != BITS:
-        raise UnsupportedError(f"{name}: the AWQ GEMM layout holds {BITS}-bit codes, not {bits}-bit ones")
+        return f"the AWQ GEMM layout holds {BITS}-bit codes, not {bits}-bit ones"
     if out_features % 8:
-        raise UnsupportedError(
-            f"{name}: has {out_features} outputs; the AWQ GEMM layout packs eight to a word, so their number must be "
+        return (
+            f"has {out_features} outputs; the AWQ GEMM layout packs eight to a word, so their number must be "
             f"a multiple of 8; add it to modules_to_not_convert"
         )
     if group_size != -1 and in_features % group_size:
-        raise UnsupportedError(
-            f"{name}: the AWQ GEMM layout needs {in_features} inputs to be whole groups of {group_size}"
-        )
+        return f"the AWQ GEMM layout needs {in_features} inputs to be whole groups of {group_size}"
+    return None
+
+
+def _inexact(scales: torch.Tensor) -> str | None:
+    """The first scale that fp16 would change, and into what: a rounded scale would belong to other codes."""
+    half = scales.half()
+    lost = (half.float() != scales) | ~torch.isfinite(scales)
+    if not lost.any():
+        return None
+    value, found = float(scales[lost][0]), float(half[lost][0])
+    if not math.isfinite(value):
+        return f"{value}, which is not finite"
+    if math.isinf(found):
+        return f"{value:.6g}, above fp16's largest number 65504"
+    if found == 0:
+        return f"{value:.6g}, which is 0 in fp16"
+    return f"{value:.9g}, which fp16 rounds to {found:.9g}"
 
 
 def pack(tensor: QuantizedTensor, name: str = "tensor") -> dict[str, torch.Tensor]:
     """The tensors to store under the linear's name.
 
     Args:
-        tensor: 4 bits, integer zero points, whole groups, scales that fp16 holds exactly.
+        tensor: 4 bits, integer zero points, whole groups of neighbours, scales that fp16 holds exactly.
         name: for error messages.
 
     Raises:
-        UnsupportedError: the layout cannot hold the tensor.
+        UnsupportedError: the layout cannot hold the tensor (`cannot_hold`).
         ConfigError: codes or zero points of 16 or more.
     """
-    check(tensor.out_features, tensor.in_features, tensor.group_size, tensor.bits, name)
-    if tensor.zeros.is_floating_point():
-        raise UnsupportedError(f"{name}: has floating minima; the AWQ GEMM layout stores integer zero points")
+    reason = cannot_hold(tensor)
+    if reason is not None:
+        raise UnsupportedError(f"{name}: {reason}")
     for part, values in (("codes", tensor.codes), ("zeros", tensor.zeros)):
         # A larger value would run into its neighbour's nibble, and nobody would notice.
         if values.numel() and int(values.max()) >= 1 << BITS:
@@ -86,33 +129,11 @@ def pack(tensor: QuantizedTensor, name: str = "tensor") -> dict[str, torch.Tenso
     packed = {
         "qweight": pack_nibbles(tensor.codes.T.contiguous(), ORDER),
         "qzeros": pack_nibbles(tensor.zeros.T.contiguous(), ORDER),
-        "scales": _exact_half(tensor.scales.T.contiguous(), name),
+        "scales": tensor.scales.T.contiguous().half(),
     }
     if tensor.bias is not None:
         packed["bias"] = tensor.bias.half()
-        if not torch.isfinite(packed["bias"]).all():
-            raise UnsupportedError(f"{name}: has a bias that fp16 cannot hold; add it to modules_to_not_convert")
     return packed
-
-
-def _exact_half(scales: torch.Tensor, name: str) -> torch.Tensor:
-    """The scales in fp16, if that loses nothing: a rounded scale would belong to other codes."""
-    half = scales.half()
-    lost = (half.float() != scales) | ~torch.isfinite(scales)
-    if not lost.any():
-        return half
-    value, found = float(scales[lost][0]), float(half[lost][0])
-    if not math.isfinite(value):
-        reason = f"{value}, which is not finite"
-    elif math.isinf(found):
-        reason = f"{value:.6g}, above fp16's largest number 65504"
-    elif found == 0:
-        reason = f"{value:.6g}, which is 0 in fp16"
-    else:
-        reason = f"{value:.9g}, which fp16 rounds to {found:.9g}"
-    raise UnsupportedError(
-        f"{name}: has scales that fp16 cannot hold exactly ({reason}); the AWQ GEMM layout stores fp16"
-    )
 
 
 def unpack(tensors: Mapping[str, torch.Tensor], *, group_size: int, name: str = "tensor") -> QuantizedTensor:
@@ -197,7 +218,7 @@ def read_quantization_config(config: Mapping[str, Any]) -> GemmConfig | None:
     if method != "awq" or str(version).lower() != "gemm":
         raise UnsupportedError(
             f"config.json: quantization method {method!r}, version {version!r}: this version of halfbyte reads "
-            f"'awq' checkpoints in the 'gemm' layout"
+            f"'awq' checkpoints in the 'gemm' layout, and 'halfbyte' ones"
         )
     bits = section.get("bits", section.get("w_bit", BITS))
     group_size = section.get("group_size", section.get("q_group_size", 128))
