@@ -65,6 +65,18 @@ def quantizable_matrices(block: nn.Module) -> dict[str, Matrix]:
     return {name: matrix for name, matrix in matrices_of(block).items() if matrix.quantizable}
 
 
+def matrix_shape(model: nn.Module, stored: StoredTensor) -> tuple[int, int]:
+    """[out, in] of the matrix that `stored` would be on disk; empty, (0, 0), if it is no matrix at all."""
+    try:
+        owner = model.get_submodule(stored.parameter.rpartition(".")[0])
+        shape = tuple(stored.view(model.get_parameter(stored.parameter)).shape)
+    except (AttributeError, IndexError):  # a buffer, or an expert too many
+        return 0, 0
+    if len(shape) != 2:
+        return 0, 0
+    return (shape[1], shape[0]) if _is_conv1d(owner) else shape
+
+
 def _enumerate(block: nn.Module) -> dict[str, Matrix]:
     order = {name: index for index, (name, _) in enumerate(block.named_parameters())}
     found: dict[str, Matrix] = {}

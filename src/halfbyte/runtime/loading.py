@@ -9,12 +9,15 @@ from typing import Any
 
 import torch
 
+from halfbyte.architectures.matrices import matrix_shape
 from halfbyte.architectures.skeleton import build_skeleton, fill
+from halfbyte.architectures.stored import ModelTensors
 from halfbyte.checkpoints.reader import Checkpoint
 from halfbyte.device.torch_device import pick_device
 from halfbyte.errors import CheckpointError
 from halfbyte.formats import gemm
 from halfbyte.runtime.compute_dtype import prepare_for_cpu
+from halfbyte.runtime.experts import ExpertCollector
 from halfbyte.runtime.quant_linear import QuantLinear
 
 
@@ -51,10 +54,11 @@ def load_network(folder: Path, *, device: str = "auto", backend: str = "auto") -
     target = pick_device(device)
     layout = gemm.read_quantization_config(checkpoint.config)
     network = build_skeleton(str(folder), _stored_dtype(checkpoint))
+    tensors = ModelTensors(network, checkpoint, checkpoint.names())
     kernels: Counter[str] = Counter()
     if layout is not None:
-        kernels = _place_quantized(network, checkpoint, layout, backend, target)
-    fill(network, "", checkpoint)
+        kernels = _place_quantized(network, checkpoint, tensors, layout, backend, target)
+    fill(network, "", tensors)
     network.tie_weights()
     network.to(target)
     if layout is not None and target.type == "cpu":
@@ -63,26 +67,36 @@ def load_network(folder: Path, *, device: str = "auto", backend: str = "auto") -
 
 
 def _place_quantized(
-    network: Any, checkpoint: Checkpoint, layout: gemm.GemmConfig, backend: str, device: torch.device
+    network: Any,
+    checkpoint: Checkpoint,
+    tensors: ModelTensors,
+    layout: gemm.GemmConfig,
+    backend: str,
+    device: torch.device,
 ) -> Counter[str]:
     """Swap in a `QuantLinear` wherever the file holds packed codes."""
     kernels: Counter[str] = Counter()
+    experts = ExpertCollector()
     for name in [n.removesuffix(".qweight") for n in checkpoint.names() if n.endswith(".qweight")]:
-        try:
-            linear = network.get_submodule(name)
-        except AttributeError:
-            raise CheckpointError(f"tensor {name}.qweight: the model in config.json has no module {name}") from None
+        stored = tensors.locate(f"{name}.weight")
+        if stored is None:
+            raise CheckpointError(f"tensor {name}.qweight: the model in config.json has no module {name}")
+        out_features, in_features = matrix_shape(network, stored)
         keys = ("qweight", "qzeros", "scales", "bias")
         packed = {key: checkpoint.read(f"{name}.{key}") for key in keys if f"{name}.{key}" in checkpoint}
         tensor = gemm.unpack(packed, group_size=layout.group_size, name=name)
-        if (tensor.out_features, tensor.in_features) != (linear.out_features, linear.in_features):
+        if (tensor.out_features, tensor.in_features) != (out_features, in_features):
             raise CheckpointError(
-                f"tensor {name}.qweight: expected a [{linear.out_features}, {linear.in_features}] linear from "
+                f"tensor {name}.qweight: expected a [{out_features}, {in_features}] linear from "
                 f"config.json, found [{tensor.out_features}, {tensor.in_features}]"
             )
         module = QuantLinear.from_quantized(tensor, backend=backend, device=device)
-        network.set_submodule(name, module)
+        if stored.steps:
+            experts.add(stored, module)
+        else:
+            network.set_submodule(stored.parameter.removesuffix(".weight"), module)
         kernels[module.kernel_name] += 1
+    experts.place(network, tensors, checkpoint.read)
     if not kernels:
         raise CheckpointError(f"{checkpoint.folder}: config.json announces quantized linears, the files hold none")
     return kernels
