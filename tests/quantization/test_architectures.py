@@ -60,7 +60,8 @@ def discoveries(model: Any) -> list[tuple[torch.nn.Module, Discovery]]:
     with torch.no_grad():
         batch = _capture(text_tower(model, name)[1], blocks, IDS)
     return [
-        (block, discover_folds(block, batch.hidden, kwargs)) for block, kwargs in zip(blocks, batch.kwargs, strict=True)
+        (block, discover_folds(block, batch.hidden, kwargs, thorough=True))
+        for block, kwargs in zip(blocks, batch.kwargs, strict=True)
     ]
 
 

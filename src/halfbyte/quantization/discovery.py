@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -74,7 +74,9 @@ class Discovery:
 
 
 @torch.no_grad()
-def discover_folds(block: nn.Module, hidden: torch.Tensor, kwargs: dict[str, Any], seed: int = 0) -> Discovery:
+def discover_folds(
+    block: nn.Module, hidden: torch.Tensor, kwargs: dict[str, Any], seed: int = 0, *, thorough: bool = False
+) -> Discovery:
     """Find and prove the folds of a block. The block is not modified.
 
     Args:
@@ -82,28 +84,50 @@ def discover_folds(block: nn.Module, hidden: torch.Tensor, kwargs: dict[str, Any
         hidden: [batch, tokens, hidden] an input of it, for its shape only: the experiments run on random ones.
         kwargs: the other arguments of its forward.
         seed: of everything random.
+        thorough: try every candidate, one at a time, to report on each. Otherwise a matrix whose producer was found
+            is settled, and all candidates are proven together: if that moves nothing, none of them does.
     """
     laboratory = Laboratory(block, hidden, kwargs, seed)
-    candidates, trials = _candidates(laboratory)
-    unreached = laboratory.unreached
-    proven_consumers: set[str] = set()
-    best: dict[tuple[str, ...], Trial] = {}
-    for fold, deviation in _prove(laboratory, candidates):
-        missing = _siblings_missing(fold, unreached)
-        reason = f"the block's output changes by {deviation:.1e}" if deviation > PROOF_TOLERANCE else ""
-        reason = reason or ("some expert was not reached" if missing else "")
-        trial = Trial(fold.producer, fold.consumers, fold.kind, deviation, None if reason else fold, reason)
-        key = (fold.producer, *fold.consumers)
-        # A norm is tried as w and as (1 + w); what is reported is the one that holds, or else the closer one.
-        if key not in best or (trial.deviation < best[key].deviation):
-            best[key] = trial
-    for trial in best.values():
-        if trial.fold is None or not proven_consumers & set(trial.consumers):
-            trials.append(trial)
-            proven_consumers |= set(trial.consumers) if trial.fold is not None else set()
+    candidates, trials = _candidates(laboratory, thorough=thorough)
+    trials += _proven_trials(laboratory, candidates, thorough=thorough)
+    settled = {name for trial in trials if trial.fold is not None for name in trial.consumers}
     quantizable = [name for name, matrix in matrices_of(block).items() if matrix.quantizable]
-    unscaled = tuple(name for name in quantizable if name not in proven_consumers)
-    return Discovery(_shared_inputs(laboratory), trials, unscaled, unreached)
+    unscaled = tuple(name for name in quantizable if name not in settled)
+    return Discovery(_shared_inputs(laboratory), trials, unscaled, laboratory.unreached)
+
+
+def _proven_trials(laboratory: Laboratory, candidates: Sequence[Fold], *, thorough: bool) -> list[Trial]:
+    """One trial for each producer and its consumers. A norm is tried as w, then as (1 + w)."""
+    unreached = laboratory.unreached
+    one_plus = [replace(fold, offset=1.0) if fold.kind == "norm" else fold for fold in candidates]
+    best: list[tuple[Fold, float]] = []
+    if not thorough:
+        for folds in (candidates, one_plus):
+            together = _deviation(laboratory, folds)
+            if together <= PROOF_TOLERANCE:
+                best = [(fold, together) for fold in folds]
+                break
+    if not best:
+        plain = _prove(laboratory, candidates)
+        wrong = [index for index, (_, deviation) in enumerate(plain) if deviation > PROOF_TOLERANCE]
+        retried = [index for index in wrong if candidates[index].kind == "norm"]
+        best = list(plain)
+        for index, again in zip(retried, _prove(laboratory, [one_plus[index] for index in retried]), strict=True):
+            best[index] = min(plain[index], again, key=lambda pair: pair[1])
+    trials = []
+    settled: set[str] = set()
+    for fold, deviation in best:
+        reason = ""
+        if deviation > PROOF_TOLERANCE:
+            reason = f"the block's output changes by {deviation:.1e}"
+        elif _siblings_missing(fold, unreached):
+            reason = "no token reached some of the experts it feeds"
+        elif settled & set(fold.consumers):
+            reason = "another producer was found first"
+        if not reason:
+            settled |= set(fold.consumers)
+        trials.append(Trial(fold.producer, fold.consumers, fold.kind, deviation, None if reason else fold, reason))
+    return trials
 
 
 def proven(
@@ -148,7 +172,7 @@ def _like(name: str) -> str:
     return re.sub(r"\d+", "#", name)
 
 
-def _candidates(laboratory: Laboratory) -> tuple[list[Fold], list[Trial]]:
+def _candidates(laboratory: Laboratory, *, thorough: bool) -> tuple[list[Fold], list[Trial]]:
     """Folds to prove, and trials that failed already because no row makes a column."""
     trace = laboratory.trace
     roots: dict[int, tuple[torch.Tensor, list[str]]] = {}
@@ -162,18 +186,18 @@ def _candidates(laboratory: Laboratory) -> tuple[list[Fold], list[Trial]]:
         norm = _norm_behind(trace, laboratory.block, root)
         if norm is not None:
             identity = torch.arange(root.shape[-1])
-            folds += [Fold(norm, tuple(names), identity, offset=offset) for offset in (0.0, 1.0)]
+            folds.append(Fold(norm, tuple(names), identity))
             continue
         consumer = next(product for product in trace.products if trace.root(product.x) is root)
         for producer in trace.upstream(root):
             jobs.append(_Job(producer, consumer, tuple(names), _kind(trace, root)))
-    _find_rows(laboratory, jobs)
+    _find_rows(laboratory, jobs, thorough=thorough)
     trials = []
     for job in jobs:
         fold = job.fold(laboratory.block)
         if fold is not None:
             folds.append(fold)
-        else:
+        elif job.tried:
             reason = "no row of it is proportional to a column"
             trials.append(Trial("+".join(job.producer.matrices), job.consumers, job.kind, job.deviation, None, reason))
     return folds, trials
@@ -218,7 +242,8 @@ class _Job:
     consumers: tuple[str, ...]
     kind: str
     row_of: torch.Tensor | None = None
-    deviation: float = field(default=float("inf"))
+    deviation: float = float("inf")
+    tried: bool = False
 
     def fold(self, block: nn.Module) -> Fold | None:
         """The fold, if every column has a row and all rows are in one matrix."""
@@ -236,7 +261,7 @@ class _Job:
         return None
 
 
-def _find_rows(laboratory: Laboratory, jobs: Sequence[_Job]) -> None:
+def _find_rows(laboratory: Laboratory, jobs: Sequence[_Job], *, thorough: bool) -> None:
     """Fill in `row_of` where an experiment tells. Jobs of experts that differ in number only share a run.
 
     Scaling: each row of the producer's result is multiplied by a number of its own. A column that follows one row,
@@ -248,13 +273,19 @@ def _find_rows(laboratory: Laboratory, jobs: Sequence[_Job]) -> None:
     batches: dict[tuple[str, ...], list[_Job]] = {}
     for job in jobs:
         batches.setdefault((*map(_like, job.producer.matrices), *map(_like, job.consumers)), []).append(job)
+    settled: set[str] = set()
     for batch in batches.values():
+        if not thorough and all(settled.issuperset(job.consumers) for job in batch):
+            continue
+        for job in batch:
+            job.tried = True
         _scale_rows(laboratory, batch, slice(None))
         _mark_rows(laboratory, [job for job in batch if job.row_of is None])
         if batch[0].producer.y.shape[-1] > batch[0].consumer.x.shape[-1]:
             half = batch[0].producer.y.shape[-1] // 2
             for rows in (slice(half, None), slice(half), slice(1, None, 2), slice(0, None, 2)):
                 _scale_rows(laboratory, [job for job in batch if job.row_of is None], rows)
+        settled |= {name for job in batch if job.row_of is not None for name in job.consumers}
 
 
 def _scale_rows(laboratory: Laboratory, jobs: Sequence[_Job], rows: slice) -> None:
@@ -326,12 +357,9 @@ def _prove(laboratory: Laboratory, folds: Sequence[Fold]) -> list[tuple[Fold, fl
 
 def _deviation(laboratory: Laboratory, folds: Sequence[Fold]) -> float:
     """Relative change of what the block adds to its input, with and without random routing; the larger."""
-    changed = 0.0
     references = [laboratory.output] + ([laboratory.run(routed=False)[0]] if laboratory.routers else [])
-    with laboratory.restored(tensor for fold in folds for tensor in fold.tensors(laboratory.block)):
-        for fold in folds:
-            scales = laboratory.spread(fold.channels).to(laboratory.hidden.device)
-            fold.apply(laboratory.block, scales)
+    changed = 0.0
+    with laboratory.folded(folds):
         for reference, routed in zip(references, (True, False), strict=False):
             output = laboratory.run(routed=routed)[0]
             deviation = (output - reference).norm() / (reference - laboratory.hidden).norm()

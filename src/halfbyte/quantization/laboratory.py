@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from halfbyte.architectures.matrices import matrices_of
+from halfbyte.quantization.folding import Fold
 from halfbyte.quantization.statistics import block_output
 from halfbyte.quantization.tracing import BlockTrace, Edit, Product
 
@@ -41,6 +42,7 @@ class Laboratory:
             seed: of the random hidden states and routing.
         """
         self.block = copy.deepcopy(block).double()
+        self._original = block
         self.routers = tuple(name for name, matrix in matrices_of(block).items() if matrix.router)
         self._generator = torch.Generator().manual_seed(seed)
         self._edits: dict[tuple[str, ...], Edit] = {(name,): self._random_routing() for name in self.routers}
@@ -79,14 +81,16 @@ class Laboratory:
         return output, trace
 
     @contextmanager
-    def restored(self, tensors: Iterable[torch.Tensor]) -> Iterator[None]:
-        """Undo on leaving whatever happens to `tensors`, exactly."""
-        saved = [(tensor, tensor.clone()) for tensor in tensors]
+    def folded(self, folds: Sequence[Fold]) -> Iterator[None]:
+        """The block with random scales through the folds; as it was, exactly, on leaving."""
         try:
+            for fold in folds:
+                fold.apply(self.block, self.spread(fold.channels).to(self.hidden.device))
             yield
         finally:
-            for tensor, before in saved:
-                tensor.copy_(before)
+            for fold in folds:
+                for changed, original in zip(fold.tensors(self.block), fold.tensors(self._original), strict=True):
+                    changed.copy_(original)
 
     def _random_routing(self) -> Edit:
         seed = int(torch.randint(1 << 30, (), generator=self._generator))
