@@ -198,7 +198,7 @@ def _candidates(laboratory: Laboratory, *, thorough: bool) -> tuple[list[Fold], 
         if fold is not None:
             folds.append(fold)
         elif job.tried:
-            reason = "no row of it is proportional to a column"
+            reason = "its rows make no column alone"
             trials.append(Trial("+".join(job.producer.matrices), job.consumers, job.kind, job.deviation, None, reason))
     return folds, trials
 

@@ -1,0 +1,83 @@
+"""`halfbyte inspect`."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from halfbyte.cli.render import JsonFlag, interruptible, print_json
+
+if TYPE_CHECKING:
+    from halfbyte.quantization.discovery import Trial
+    from halfbyte.quantization.inspection import BlockFolds
+
+app = typer.Typer(help="Look into a model.", no_args_is_help=True, rich_markup_mode=None, add_completion=False)
+
+
+@app.callback()
+def _group() -> None:
+    """Look into a model."""
+
+
+def folds(
+    model: Annotated[str, typer.Argument(help="A folder, sample:NAME or a hub name; not quantized.")],
+    every_block: Annotated[bool, typer.Option("--all", help="Every block, not one of each structure.")] = False,
+    json: JsonFlag = False,
+) -> None:
+    """Show where scales can move through a model's blocks, found by experiment: what holds, what does not.
+
+    Columns: whether it folds; how much random scales change the output of the block in fp64, about 1e-16 where the
+    fold is exact (for what has no row that makes a column, how far the columns are from being proportional); what lies
+    between: a norm, attention (value), a gated product or an activation.
+
+    Example: halfbyte inspect folds sample:smollm2-135m
+    """
+    from halfbyte.quantization.inspection import inspect_folds
+
+    found = inspect_folds(model, every_block=every_block, progress=not json)
+    if json:
+        print_json([block.to_dict() for block in found])
+        return
+    for block in found:
+        _print_block(block)
+
+
+def _print_block(block: BlockFolds) -> None:
+    others = f", and {block.alike - 1} more blocks like it" if block.alike > 1 else ""
+    print(f"{block.name} ({block.block_class}){others}")
+    rows: dict[tuple[str, ...], list[float]] = {}
+    for trial in sorted(block.discovery.trials, key=lambda trial: trial.fold is None):
+        verdict = "yes" if trial.fold is not None else "no"
+        row = (verdict, _kind(trial), f"{shorten([trial.producer])} → {shorten(trial.consumers)}", trial.reason)
+        rows.setdefault(row, []).append(trial.deviation)
+    for (verdict, kind, what, reason), deviations in rows.items():
+        count = f" ({len(deviations)} of them)" if len(deviations) > 1 else ""
+        print(f"  {verdict:<4}{max(deviations):<8.0e}{kind:<11}{what}{count}{': ' + reason if reason else ''}")
+    for label, names in (
+        ("in no fold", block.discovery.unscaled),
+        ("not reached", block.discovery.unreached),
+        ("never quantized", block.kept),
+    ):
+        if names:
+            print(f"  {label}: {shorten(names)}")
+
+
+def _kind(trial: Trial) -> str:
+    return f"{trial.kind} 1+w" if trial.fold is not None and trial.fold.offset else trial.kind
+
+
+def shorten(names: Sequence[str]) -> str:
+    """Names in as few letters as tell them apart: * for the numbers of experts, a shared path only once."""
+    shown: list[str] = []
+    before = ""
+    for name in dict.fromkeys(re.sub(r"\.\d+\.", ".*.", name) for name in names):
+        path, _, leaf = name.rpartition(".")
+        shown.append(leaf if shown and path == before else name)
+        before = path
+    return ", ".join(shown)
+
+
+app.command("folds")(interruptible(folds))
