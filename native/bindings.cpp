@@ -24,6 +24,8 @@ using namespace halfbyte;
 namespace {
 
 using Codes = nb::ndarray<const std::uint8_t, nb::ndim<2>, nb::c_contig, nb::device::cpu>;
+using Halves2 = nb::ndarray<const std::uint16_t, nb::ndim<2>, nb::c_contig, nb::device::cpu>;
+using Numbers = nb::ndarray<const std::int32_t, nb::ndim<1>, nb::c_contig, nb::device::cpu>;
 using Floats2 = nb::ndarray<const float, nb::ndim<2>, nb::c_contig, nb::device::cpu>;
 using Floats1 = nb::ndarray<const float, nb::ndim<1>, nb::c_contig, nb::device::cpu>;
 using MutableFloats2 = nb::ndarray<float, nb::ndim<2>, nb::c_contig, nb::device::cpu>;
@@ -34,24 +36,62 @@ const Tier& tier_named(const std::string& name) {
     throw nb::value_error(("no such tier on this CPU: " + name).c_str());
 }
 
+void require(bool holds, const char* otherwise) {
+    if (!holds) throw nb::value_error(otherwise);
+}
+
+// Whether every number is in [0, limit), and each above the one before if they must ascend.
+bool in_range(const Numbers& numbers, std::size_t limit, bool ascending) {
+    for (std::size_t i = 0; i < numbers.shape(0); ++i) {
+        const std::int32_t value = numbers.data()[i];
+        if (value < 0 || static_cast<std::size_t>(value) >= limit) return false;
+        if (ascending && i > 0 && value <= numbers.data()[i - 1]) return false;
+    }
+    return true;
+}
+
 W4Matrix* make_matrix(Codes codes, Floats2 scales, Floats2 offsets, std::optional<Floats1> bias, std::size_t group_size,
-                      const std::string& tier) {
-    const std::size_t rows = codes.shape(0), cols = codes.shape(1);
+                      const std::string& tier, int bits, std::optional<Numbers> group_index,
+                      std::optional<Floats1> input_scale, std::optional<Numbers> kept_columns,
+                      std::optional<Halves2> kept_weight, int kept_dtype) {
+    const std::size_t rows = codes.shape(0), cols = codes.shape(1), groups = scales.shape(1);
     constexpr std::size_t LIMIT = std::numeric_limits<int>::max() / 64;
-    if (rows < 1 || cols < 1 || rows > LIMIT || cols > LIMIT) throw nb::value_error("codes: rows or columns out of range");
-    if (group_size < 8 || group_size % 8 || group_size > LIMIT)
-        throw nb::value_error("group_size: must be a positive multiple of 8");
-    const std::size_t groups = (cols + group_size - 1) / group_size;
-    for (const auto& [name, array] : {std::pair{"scales", &scales}, std::pair{"offsets", &offsets}})
-        if (array->shape(0) != rows || array->shape(1) != groups)
-            throw nb::value_error((std::string(name) + ": must be [rows, ceil(columns / group_size)]").c_str());
-    if (bias && bias->shape(0) != rows) throw nb::value_error("bias: must be [rows]");
+    require(rows >= 1 && cols >= 1 && rows <= LIMIT && cols <= LIMIT, "codes: rows or columns out of range");
+    require(bits == 4 || bits == 8, "bits: must be 4 or 8");
+    require(group_size >= 1 && group_size <= LIMIT, "group_size: must be a positive number");
+    require(groups == (cols + group_size - 1) / group_size, "scales: must be [rows, ceil(columns / group_size)]");
+    require(scales.shape(0) == rows, "scales: must be [rows, ceil(columns / group_size)]");
+    require(offsets.shape(0) == rows && offsets.shape(1) == groups, "offsets: must have the shape of scales");
+    require(!bias || bias->shape(0) == rows, "bias: must be [rows]");
+    require(!group_index || (group_index->shape(0) == cols && in_range(*group_index, groups, false)),
+            "group_index: must be [columns], each below the number of groups");
+    require(!input_scale || input_scale->shape(0) == cols, "input_scale: must be [columns]");
+    require(kept_columns.has_value() == kept_weight.has_value(), "kept_columns and kept_weight: must come together");
+    require(!kept_columns || in_range(*kept_columns, cols, true), "kept_columns: must be ascending columns");
+    require(!kept_weight || (kept_weight->shape(0) == rows && kept_weight->shape(1) == kept_columns->shape(0)),
+            "kept_weight: must be [rows, kept columns]");
+    require(kept_dtype == 1 || kept_dtype == 2, "kept_dtype: must be 1 (bf16) or 2 (fp16)");
     const std::size_t count = rows * cols;
-    if (std::any_of(codes.data(), codes.data() + count, [](std::uint8_t code) { return code > 15; }))
-        throw nb::value_error("codes: must be below 16");
+    require(bits == 8 || std::all_of(codes.data(), codes.data() + count, [](std::uint8_t code) { return code < 16; }),
+            "codes: must be below 16");
+    const W4Parts parts{codes.data(),
+                        scales.data(),
+                        offsets.data(),
+                        bias ? bias->data() : nullptr,
+                        static_cast<int>(rows),
+                        static_cast<int>(cols),
+                        static_cast<int>(groups),
+                        static_cast<int>(group_size),
+                        bits,
+                        group_index ? group_index->data() : nullptr,
+                        input_scale ? input_scale->data() : nullptr,
+                        kept_columns ? static_cast<int>(kept_columns->shape(0)) : 0,
+                        kept_columns ? kept_columns->data() : nullptr,
+                        kept_weight ? kept_weight->data() : nullptr,
+                        static_cast<DType>(kept_dtype)};
+    const Tier& picked = tier_named(tier);
     nb::gil_scoped_release release;
-    return new W4Matrix(tier_named(tier), codes.data(), scales.data(), offsets.data(), bias ? bias->data() : nullptr,
-                        static_cast<int>(rows), static_cast<int>(cols), static_cast<int>(group_size));
+    return new W4Matrix(picked, parts);
 }
 
 // Addresses rather than arrays: the exchange of two array objects costs more than a small matrix product. The one caller,
@@ -113,8 +153,10 @@ NB_MODULE(_native, m) {
 
     m.def("half_multiply", &half_product, "weight"_a, "dtype"_a, "rows"_a, "cols"_a, "bias"_a, "x"_a, "y"_a, "m"_a, "tier"_a);
 
-    nb::class_<W4Matrix>(m, "W4Matrix", "An INT4 matrix in kernel layout.")
-        .def(nb::new_(&make_matrix), "codes"_a, "scales"_a, "offsets"_a, "bias"_a.none(), "group_size"_a, "tier"_a)
+    nb::class_<W4Matrix>(m, "W4Matrix", "An INT4 or INT8 matrix in kernel layout.")
+        .def(nb::new_(&make_matrix), "codes"_a, "scales"_a, "offsets"_a, "bias"_a.none(), "group_size"_a, "tier"_a,
+             "bits"_a = 4, "group_index"_a.none() = nb::none(), "input_scale"_a.none() = nb::none(),
+             "kept_columns"_a.none() = nb::none(), "kept_weight"_a.none() = nb::none(), "kept_dtype"_a = 1)
         .def("multiply", &multiply, "x"_a, "x_stride"_a, "y"_a, "m"_a, "dtype"_a)
         .def("dequantize", &dequantize, "out"_a)
         .def_prop_ro("rows", &W4Matrix::rows)

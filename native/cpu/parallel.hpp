@@ -14,7 +14,8 @@ constexpr std::size_t LINE = 64;
 
 inline std::size_t round_up(std::size_t value, std::size_t multiple) { return (value + multiple - 1) / multiple * multiple; }
 
-// Scratch that grows and stays, one for each thread that calls; aligned to a line.
+// Scratch that grows and stays, one of each number for each thread that calls; aligned to a line.
+template <int NUMBER = 0>
 inline float* scratch(std::size_t floats) {
     static thread_local std::vector<float> buffer;
     if (buffer.size() < floats + LINE / 4) buffer.resize(floats + LINE / 4);

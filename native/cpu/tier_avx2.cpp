@@ -2,7 +2,7 @@
 #include <immintrin.h>
 
 #include "f16c.hpp"
-#include "w4_kernel.hpp"
+#include "tier.hpp"
 
 namespace halfbyte {
 namespace {
@@ -31,17 +31,25 @@ struct Avx2 : F16C {
         return _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
     }
 
-    static constexpr const float (&INPUT_SCALE)[OCTET] = IN_PLACE_SCALE;
+    static constexpr const float (&NIBBLE_SCALE)[OCTET] = IN_PLACE_NIBBLE;
+    static constexpr const float (&BYTE_SCALE)[OCTET] = IN_PLACE_BYTE;
     template <int N>
-    static F code(I words) {
-        if constexpr (N == OCTET - 1)
+    static F nibble(I words) {
+        if constexpr (N == 7)
             return _mm256_cvtepi32_ps(_mm256_srli_epi32(words, 4 * N));
         else
             return _mm256_cvtepi32_ps(_mm256_and_si256(words, _mm256_set1_epi32(15 << (4 * N))));
     }
+    template <int N>
+    static F byte(I words) {
+        if constexpr (N == 3)
+            return _mm256_cvtepi32_ps(_mm256_srli_epi32(words, 8 * N));
+        else
+            return _mm256_cvtepi32_ps(_mm256_and_si256(words, _mm256_set1_epi32(255 << (8 * N))));
+    }
 };
 
-constexpr Tier TIER = W4Kernel<Avx2>::tier("avx2");
+constexpr Tier TIER = TierOf<Avx2>::tier("avx2");
 
 }  // namespace
 

@@ -2,14 +2,18 @@
 //
 // This is the 16-bit-activation mode, so the byte dot product of VNNI is not used yet; what AVX-512 brings here is the
 // table look-up: vpermps takes its index from the low four bits of each lane, so a nibble needs no mask and no
-// conversion: shift, look up, multiply-add.
+// conversion: shift, look up, multiply-add. A byte is masked where it stands and converted.
 #ifndef HALFBYTE_AVX512_INTRINSICS  // tests/kernels puts a scalar model of the intrinsics here
 #define HALFBYTE_AVX512_INTRINSICS <immintrin.h>
 #endif
+// GCC 12's header passes undefined vectors on purpose and then warns of them (GCC bug 105593).
+#pragma GCC diagnostic push
+#pragma GCC diagnostic ignored "-Wmaybe-uninitialized"
 #include HALFBYTE_AVX512_INTRINSICS
+#pragma GCC diagnostic pop
 
 #include "f16c.hpp"
-#include "w4_kernel.hpp"
+#include "tier.hpp"
 
 namespace halfbyte {
 namespace {
@@ -38,15 +42,23 @@ struct Avx512 : F16C {
         return _mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
     }
 
-    static constexpr float INPUT_SCALE[OCTET] = {1, 1, 1, 1, 1, 1, 1, 1};
+    static constexpr float NIBBLE_SCALE[OCTET] = {1, 1, 1, 1, 1, 1, 1, 1};
+    static constexpr const float (&BYTE_SCALE)[OCTET] = IN_PLACE_BYTE;
     template <int N>
-    static F code(I words) {
+    static F nibble(I words) {
         const F table = _mm512_setr_ps(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
         return _mm512_permutexvar_ps(N == 0 ? words : _mm512_srli_epi32(words, 4 * N), table);
     }
+    template <int N>
+    static F byte(I words) {
+        if constexpr (N == 3)
+            return _mm512_cvtepi32_ps(_mm512_srli_epi32(words, 8 * N));
+        else
+            return _mm512_cvtepi32_ps(_mm512_and_si512(words, _mm512_set1_epi32(255 << (8 * N))));
+    }
 };
 
-constexpr Tier TIER = W4Kernel<Avx512>::tier("avx512_vnni");
+constexpr Tier TIER = TierOf<Avx512>::tier("avx512_vnni");
 
 }  // namespace
 

@@ -1,5 +1,5 @@
 // The tier for any CPU: the compiler's own 128-bit vectors, which it lowers to whatever its target has (SSE2, NEON, scalar).
-#include "w4_kernel.hpp"
+#include "tier.hpp"
 
 namespace halfbyte {
 namespace {
@@ -37,17 +37,25 @@ struct Portable {
         for (int i = 0; i < count; ++i) target[i] = to_f16(source[i]);
     }
 
-    static constexpr const float (&INPUT_SCALE)[OCTET] = IN_PLACE_SCALE;
+    static constexpr const float (&NIBBLE_SCALE)[OCTET] = IN_PLACE_NIBBLE;
+    static constexpr const float (&BYTE_SCALE)[OCTET] = IN_PLACE_BYTE;
     template <int N>
-    static F code(I words) {
-        if constexpr (N == OCTET - 1)
+    static F nibble(I words) {
+        if constexpr (N == 7)
             return __builtin_convertvector((words >> (4 * N)) & 15, F);
         else
             return __builtin_convertvector(words & (15 << (4 * N)), F);
     }
+    template <int N>
+    static F byte(I words) {
+        if constexpr (N == 3)
+            return __builtin_convertvector((words >> (8 * N)) & 255, F);
+        else
+            return __builtin_convertvector(words & (255 << (8 * N)), F);
+    }
 };
 
-constexpr Tier TIER = W4Kernel<Portable>::tier("portable");
+constexpr Tier TIER = TierOf<Portable>::tier("portable");
 
 }  // namespace
 

@@ -22,6 +22,12 @@ class W4Matrix:
         bias: npt.NDArray[np.float32] | None,
         group_size: int,
         tier: str,
+        bits: int = 4,
+        group_index: npt.NDArray[np.int32] | None = None,
+        input_scale: npt.NDArray[np.float32] | None = None,
+        kept_columns: npt.NDArray[np.int32] | None = None,
+        kept_weight: npt.NDArray[np.uint16] | None = None,
+        kept_dtype: int = 1,
     ) -> None: ...
     def multiply(self, x: int, x_stride: int, y: int, m: int, dtype: int) -> None: ...
     def dequantize(self, out: npt.NDArray[np.float32]) -> None: ...

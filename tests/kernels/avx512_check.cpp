@@ -2,8 +2,10 @@
 #define HALFBYTE_AVX512_INTRINSICS "avx512_model.hpp"
 #include "tier_avx512_vnni.cpp"
 
+#include <algorithm>
 #include <cstdio>
 #include <random>
+#include <utility>
 #include <vector>
 
 #include "half_multiply.hpp"
@@ -15,49 +17,97 @@ std::mt19937 random_bits(7);
 
 float uniform() { return std::uniform_real_distribution<float>(-1.0f, 1.0f)(random_bits); }
 
-struct Problem {
-    int rows, cols, group;
-    std::vector<std::uint8_t> codes;
-    std::vector<float> scales, offsets, bias;
+struct Shape {
+    int rows, cols, group, bits;
+    int kept;      // columns in 16 bit
+    bool ordered;  // groups that are no neighbours, and a scale on every input
+    halfbyte::DType kept_dtype;
+};
 
-    Problem(int n, int k, int g) : rows(n), cols(k), group(g), codes(n * k), bias(n) {
-        const int groups = (k + g - 1) / g;
-        for (auto& code : codes) code = random_bits() % 16;
-        for (int i = 0; i < n * groups; ++i) {
-            scales.push_back(0.01f * (1.5f + uniform()));
-            offsets.push_back(-scales.back() * static_cast<float>(random_bits() % 16));
+struct Problem {
+    Shape shape;
+    int groups;
+    std::vector<std::uint8_t> codes;
+    std::vector<float> scales, offsets, bias, input_scale;
+    std::vector<std::int32_t> group_index, kept_columns;
+    std::vector<std::uint16_t> kept_weight;
+
+    explicit Problem(const Shape& s)
+        : shape(s), groups((s.cols + s.group - 1) / s.group), codes(s.rows * s.cols), bias(s.rows) {
+        for (auto& code : codes) code = random_bits() % (1u << s.bits);
+        for (int i = 0; i < s.rows * groups; ++i) {
+            scales.push_back((1.5f + uniform()) / static_cast<float>(8 << s.bits));
+            offsets.push_back(-scales.back() * static_cast<float>(random_bits() % (1u << s.bits)));
         }
         for (auto& b : bias) b = uniform();
+        for (int k = 0; k < s.cols; ++k) {
+            group_index.push_back(k / s.group);
+            input_scale.push_back(s.ordered ? 1.5f + uniform() : 1.0f);
+        }
+        if (s.ordered) std::shuffle(group_index.begin(), group_index.end(), random_bits);
+        for (int j = 0; j < s.kept; ++j) kept_columns.push_back(j * (s.cols / s.kept));
+        for (int i = 0; i < s.rows * s.kept; ++i)
+            kept_weight.push_back(s.kept_dtype == halfbyte::DType::bf16 ? halfbyte::to_bf16(uniform())
+                                                                        : halfbyte::to_f16(uniform()));
     }
 
-    double weight(int n, int k) const {
-        const int at = n * ((cols + group - 1) / group) + k / group;
-        return static_cast<double>(scales[at]) * codes[n * cols + k] + offsets[at];
+    halfbyte::W4Parts parts() const {
+        return {codes.data(),
+                scales.data(),
+                offsets.data(),
+                bias.data(),
+                shape.rows,
+                shape.cols,
+                groups,
+                shape.group,
+                shape.bits,
+                shape.ordered ? group_index.data() : nullptr,
+                shape.ordered ? input_scale.data() : nullptr,
+                shape.kept,
+                kept_columns.data(),
+                kept_weight.data(),
+                shape.kept_dtype};
+    }
+
+    // W, and what its rounding error is measured in.
+    std::pair<double, double> weight(int n, int k) const {
+        for (int j = 0; j < shape.kept; ++j)
+            if (kept_columns[j] == k) {
+                const std::uint16_t half = kept_weight[n * shape.kept + j];
+                const bool bf16 = shape.kept_dtype == halfbyte::DType::bf16;
+                const double value = bf16 ? halfbyte::from_bf16(half) : halfbyte::from_f16(half);
+                return {value, std::fabs(value)};
+            }
+        const int at = n * groups + group_index[k];
+        const double code = codes[n * shape.cols + k];
+        return {scales[at] * code + offsets[at], scales[at] * code + std::fabs(offsets[at])};
     }
 };
 
-// Worst |y - reference| in units of Σ|x|·(scale·15 + |offset|), rows of X spread over [-1, 1].
+// Worst |y - reference| in units of Σ|x|·(scale·code + |offset|), rows of X spread over [-1, 1].
 double worst_error(const Problem& p, const std::vector<float>& x, const std::vector<float>& y, int m) {
     double worst = 0.0;
-    for (int i = 0; i < m; ++i)
-        for (int n = 0; n < p.rows; ++n) {
-            double sum = p.bias[n], size = std::fabs(p.bias[n]);
-            for (int k = 0; k < p.cols; ++k) {
-                const double a = x[i * p.cols + k];
-                const int at = n * ((p.cols + p.group - 1) / p.group) + k / p.group;
-                sum += a * p.weight(n, k);
-                size += std::fabs(a) * (15.0 * p.scales[at] + std::fabs(p.offsets[at]));
+    const int rows = p.shape.rows, cols = p.shape.cols;
+    for (int n = 0; n < rows; ++n) {
+        std::vector<double> sums(m, p.bias[n]), sizes(m, std::fabs(p.bias[n]));
+        for (int k = 0; k < cols; ++k) {
+            const auto [weight, size] = p.weight(n, k);
+            for (int i = 0; i < m; ++i) {
+                const double a = static_cast<double>(x[i * cols + k]) * p.input_scale[k];
+                sums[i] += a * weight;
+                sizes[i] += std::fabs(a) * size;
             }
-            worst = std::fmax(worst, std::fabs(y[i * p.rows + n] - sum) / size);
         }
+        for (int i = 0; i < m; ++i) worst = std::fmax(worst, std::fabs(y[i * rows + n] - sums[i]) / sizes[i]);
+    }
     return worst;
 }
 
-int check(int n, int k, int g) {
+int check(const Shape& shape) {
     int failures = 0;
-    const Problem p(n, k, g);
-    const halfbyte::W4Matrix matrix(*halfbyte::avx512_vnni_tier(), p.codes.data(), p.scales.data(), p.offsets.data(),
-                                    p.bias.data(), n, k, g);
+    const Problem p(shape);
+    const int n = shape.rows, k = shape.cols, g = shape.group;
+    const halfbyte::W4Matrix matrix(*halfbyte::avx512_vnni_tier(), p.parts());
     constexpr int MOST = 100;
     std::vector<float> x(MOST * k), first;
     for (auto& value : x) value = uniform();
@@ -65,7 +115,8 @@ int check(int n, int k, int g) {
         std::vector<float> y(m * n);
         matrix.multiply(x.data(), k, y.data(), m, halfbyte::DType::f32);
         const double error = worst_error(p, x, y, m);
-        if (!(error < 1e-6) && ++failures) std::printf("[%d, %d] group %d, M = %d: error %g\n", n, k, g, m, error);
+        if (!(error < 1e-6) && ++failures)
+            std::printf("[%d, %d] group %d, %d bits, %d kept, M = %d: error %g\n", n, k, g, shape.bits, shape.kept, m, error);
         if (m == 1) first = y;
         if (m <= halfbyte::SMALL_M && std::memcmp(first.data(), y.data(), sizeof(float) * n) != 0 && ++failures)
             std::printf("[%d, %d] group %d, M = %d: row 0 has other bits than alone\n", n, k, g, m);
@@ -117,9 +168,16 @@ int check_half(halfbyte::DType dtype) {
 
 int main() {
     int failures = check_half(halfbyte::DType::bf16) + check_half(halfbyte::DType::f16);
-    const int shapes[][3] = {{1, 8, 8}, {7, 24, 8}, {16, 64, 32}, {33, 172, 64}, {33, 64, 64}, {64, 576, 64}, {48, 576, 128},
-                             {80, 1536, 128}};
-    for (const auto& shape : shapes) failures += check(shape[0], shape[1], shape[2]);
+    constexpr auto BF16 = halfbyte::DType::bf16, F16 = halfbyte::DType::f16;
+    const Shape shapes[] = {
+        {1, 8, 8, 4, 0, false, BF16},     {7, 24, 8, 4, 0, false, BF16},     {16, 64, 32, 4, 0, false, BF16},
+        {33, 172, 64, 4, 0, false, BF16}, {33, 64, 64, 4, 0, false, BF16},   {64, 576, 64, 4, 0, false, BF16},
+        {48, 576, 128, 4, 0, false, BF16}, {80, 1536, 128, 4, 0, false, BF16},
+        {1, 8, 8, 8, 0, false, BF16},     {33, 172, 64, 8, 0, false, BF16},  {64, 576, 64, 8, 0, false, BF16},
+        {33, 172, 20, 4, 7, false, BF16}, {33, 172, 32, 4, 86, false, F16},  {48, 576, 64, 4, 300, true, BF16},
+        {33, 172, 32, 4, 0, true, BF16},  {33, 172, 32, 8, 9, true, F16},    {16, 24, 8, 4, 24, false, BF16},
+    };
+    for (const auto& shape : shapes) failures += check(shape);
     std::printf("%d failures\n", failures);
     return failures != 0;
 }

@@ -51,6 +51,16 @@ inline __m512 _mm512_fmadd_ps(__m512 a, __m512 b, __m512 c) {
 inline __m512i _mm512_srli_epi32(__m512i a, unsigned count) {
     return model_lanes<__m512i>([&](int i) { return count > 31 ? 0u : a.lane[i] >> count; });
 }
+inline __m512i _mm512_set1_epi32(int a) {
+    return model_lanes<__m512i>([&](int) { return static_cast<std::uint32_t>(a); });
+}
+inline __m512i _mm512_and_si512(__m512i a, __m512i b) {
+    return model_lanes<__m512i>([&](int i) { return a.lane[i] & b.lane[i]; });
+}
+// Signed, one rounding.
+inline __m512 _mm512_cvtepi32_ps(__m512i a) {
+    return model_lanes<__m512>([&](int i) { return static_cast<float>(static_cast<std::int32_t>(a.lane[i])); });
+}
 // dst[i] = a[idx[i] & 15]: only the low four bits of an index count.
 inline __m512 _mm512_permutexvar_ps(__m512i idx, __m512 a) {
     return model_lanes<__m512>([&](int i) { return a.lane[idx.lane[i] & 15u]; });

@@ -2,7 +2,10 @@
 
 import os
 import threading
+from collections.abc import Callable
+from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -11,8 +14,8 @@ from weights import random_weight, truth
 
 from halfbyte import _native
 from halfbyte.errors import ConfigError, UnsupportedError
-from halfbyte.kernels.registry import PreparedLinear
-from halfbyte.kernels.w4a16 import prepare, verdicts
+from halfbyte.kernels.registry import Kernel, PreparedLinear, pick
+from halfbyte.kernels.w4a16 import NativeLinear, prepare, verdicts
 from halfbyte.tensor import QuantizedTensor
 
 CPU = torch.device("cpu")
@@ -56,6 +59,83 @@ def test_native_matches_fp64(tier: str, columns: int, group_size: int, rows: int
         assert error < TOLERANCE, f"M = {m}"
 
 
+# Of columns 172 and 30 neither is a multiple of 8; 20 and 12 are group sizes that are none; 16 to -1 the usual ones.
+FIELDS: dict[str, dict[str, Any]] = {
+    "8 bits": {"bits": 8},
+    "8 bits, minima": {"bits": 8, "float_zeros": True},
+    "2 bits": {"bits": 2},
+    "3 bits": {"bits": 3},
+    "5 bits": {"bits": 5},
+    "one kept": {"kept": 1},
+    "kept bf16": {"kept": 9},
+    "kept fp16": {"kept": 14, "kept_dtype": torch.float16},
+    "kept, 8 bits": {"kept": 14, "bits": 8, "float_zeros": True},
+    "kept all": {"kept": 30},
+    "activation order": {"group_index": True},
+    "input scale": {"input_scale": True},
+    "everything": {"kept": 14, "group_index": True, "input_scale": True, "bits": 3},
+}
+
+
+@pytest.mark.parametrize("fields", FIELDS)
+@pytest.mark.parametrize(
+    ("columns", "group_size", "rows"), [(30, 12, 5), (172, 32, 33), (576, 64, 64), (172, 172, 16), (600, 16, 48)]
+)
+def test_native_honours_every_field(tier: str, columns: int, group_size: int, rows: int, fields: str) -> None:
+    weight = random_weight(rows, columns, group_size, **FIELDS[fields])
+    linear = native(weight)
+    x = spread(100, columns)
+    expected, size = truth(weight, x)
+    alone = linear(x[:1])
+    for m in [*range(1, 18), 100]:
+        found = linear(x[:m])
+        error = ((found - expected[:m]).abs() / size[:m]).max().item()
+        assert error < TOLERANCE, f"M = {m}"
+        assert m > 16 or torch.equal(found[:1], alone), f"M = {m}"
+    assert torch.allclose(linear.dequantize(), weight.dequantize(), rtol=1e-5, atol=1e-6)
+    for dtype in (torch.bfloat16, torch.float16):
+        half = x[:20].to(dtype)
+        assert torch.equal(linear(half), linear(half.float()).to(dtype))
+
+
+@pytest.mark.parametrize("group_size", [16, 32, 64, 128, 256, 600])
+@pytest.mark.parametrize("bits", [2, 3, 4, 8])
+def test_every_width_and_group_size_runs_natively(tier: str, bits: int, group_size: int) -> None:
+    """600 inputs: a ragged last group for each size but 600 itself."""
+    weight = random_weight(33, 600, group_size, bits=bits)
+    kernel, linear = prepare(weight, device=CPU)
+    assert kernel.name == "native"
+    x = spread(17, 600)
+    expected, size = truth(weight, x)
+    for m in (1, 2, 17):
+        assert ((linear(x[:m]) - expected[:m]).abs() / size[:m]).max() < TOLERANCE
+
+
+@pytest.mark.parametrize("ratio", [0.01, 0.3, 0.5, 0.7])
+def test_kept_columns_cost_their_own_bytes_and_no_codes(ratio: float) -> None:
+    plain, kept = (
+        random_weight(64, 1024, 1024, bias=False),
+        random_weight(64, 1024, 1024, bias=False, kept=int(1024 * ratio)),
+    )
+    count = int(1024 * ratio)
+    coded = -(-(1024 - count) // 8) * 8
+    order = 4 * (coded + count)
+    assert native(kept).nbytes == native(plain).nbytes - 64 * (1024 - coded) // 2 + 2 * 64 * count + order
+
+
+def test_an_outlier_in_a_kept_column_leaves_no_trace_in_its_group() -> None:
+    """Its codes are skipped, not cancelled: 3e30 · (code - zero) would drown everything else."""
+    weight = random_weight(16, 64, 32, bias=False, kept=1)
+    assert weight.kept_columns is not None
+    assert weight.kept_weight is not None
+    weight.kept_weight.zero_()
+    x = spread(3, 64)
+    x[:, int(weight.kept_columns[0])] = 0
+    expected = native(weight)(x)
+    x[:, int(weight.kept_columns[0])] = 3e30
+    assert torch.equal(native(weight)(x), expected)
+
+
 @pytest.mark.parametrize(("columns", "group_size", "rows"), [(576, 64, 192), (172, 32, 33), (1536, 128, 48)])
 def test_a_row_has_the_same_bits_in_any_company(tier: str, columns: int, group_size: int, rows: int) -> None:
     linear = native(random_weight(rows, columns, group_size))
@@ -87,19 +167,30 @@ def test_16_bit_extremes(tier: str, dtype: torch.dtype) -> None:
         torch.testing.assert_close(y[:, 0], wanted, rtol=0, atol=0, equal_nan=True)
 
 
-@settings(max_examples=40, deadline=None)
-@given(st.integers(1, 40), st.integers(1, 200), st.integers(1, 20), st.booleans(), st.integers(0, 2**31))
-def test_packing_keeps_every_code(rows: int, columns: int, octets: int, float_zeros: bool, seed: int) -> None:
-    weight = random_weight(rows, columns, 8 * octets, float_zeros=float_zeros, seed=seed)
-    index = torch.arange(columns) // weight.group_size
+@settings(max_examples=80, deadline=None)
+@given(
+    rows=st.integers(1, 40),
+    columns=st.integers(1, 200),
+    group_size=st.integers(1, 160),
+    bits=st.integers(2, 8),
+    float_zeros=st.booleans(),
+    group_index=st.booleans(),
+    kept=st.integers(0, 200),
+    seed=st.integers(0, 2**31),
+)
+def test_packing_keeps_every_code(rows: int, columns: int, group_size: int, kept: int, **options: Any) -> None:
+    weight = random_weight(rows, columns, group_size, kept=min(kept, columns), **options)
+    index = weight.column_groups
     exact = weight.scales[:, index] * weight.codes.float() + weight.offsets[:, index]
+    if weight.kept_columns is not None and weight.kept_weight is not None:
+        exact[:, weight.kept_columns.long()] = weight.kept_weight.float()
     assert torch.equal(native(weight).dequantize(), exact)
 
 
 @pytest.mark.parametrize("backend", ["torch", "reference"])
-@pytest.mark.parametrize(("bits", "group_size"), [(2, 5), (3, 172), (4, 32), (8, 16)])
-def test_other_kernels_match_fp64(backend: str, bits: int, group_size: int) -> None:
-    weight = random_weight(33, 172, group_size, bits=bits)
+@pytest.mark.parametrize("fields", [*FIELDS, "4 bits"])
+def test_other_kernels_match_fp64(backend: str, fields: str) -> None:
+    weight = random_weight(33, 172, 20, **FIELDS.get(fields, {}))
     x = spread(9, 172)
     expected, size = truth(weight, x)
     y = prepare(weight, backend=backend, device=CPU)[1](x)
@@ -164,18 +255,47 @@ def test_forced_tier(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_selection_is_explained() -> None:
     with pytest.raises(ConfigError, match="native, torch, reference"):
         prepare(random_weight(16, 64, 32), backend="fast", device=CPU)
-    with pytest.raises(UnsupportedError, match="multiple of 8, not 20"):
-        prepare(random_weight(16, 64, 20), backend="native", device=CPU)
-    found = {verdict.kernel.name: verdict for verdict in verdicts(random_weight(16, 64, 32, bits=3), CPU)}
-    assert found["torch"].picked
-    assert "not 3" in found["native"].reason
+    found = {verdict.kernel.name: verdict for verdict in verdicts(random_weight(16, 64, 20, bits=3), CPU)}
+    assert found["native"].picked
+    assert "native is faster" in found["torch"].reason
+
+
+def test_what_a_kernel_declares_is_what_it_refuses() -> None:
+    narrow = Kernel("narrow", NativeLinear, frozenset({"cpu"}), frozenset({4}), 8, 1, lambda: None, "for this test")
+    assert narrow.refuses(random_weight(16, 64, 32), CPU) is None
+    assert "not 3" in str(narrow.refuses(random_weight(16, 64, 32, bits=3), CPU))
+    assert "multiple of 8, not 20" in str(narrow.refuses(random_weight(16, 64, 20), CPU))
+    assert "not on cuda" in str(narrow.refuses(random_weight(16, 64, 32), torch.device("cuda")))
+    with pytest.raises(UnsupportedError, match="backend narrow: holds 4 bits, not 3"):
+        pick(random_weight(16, 64, 32, bits=3), CPU, [narrow], "narrow")
 
 
 def test_native_core_checks_its_arguments() -> None:
     weight = random_weight(16, 64, 32)
     codes, scales, offsets = weight.codes.numpy(), weight.scales.numpy(), weight.offsets.numpy()
     tier = TIERS[0]
+    ones = np.ones(64, np.float32)
+    kept = np.zeros((16, 2), np.uint16)
+
+    def extra(**fields: Any) -> Callable[[], object]:
+        return lambda: _native.W4Matrix(codes, scales, offsets, None, 32, tier, **fields)
+
+    extra(
+        bits=8, group_index=np.zeros(64, np.int32), input_scale=ones,
+        kept_columns=np.array([0, 63], np.int32), kept_weight=kept, kept_dtype=2,
+    )()  # fmt: skip
     for bad in (
+        extra(bits=3),
+        extra(group_index=np.zeros(63, np.int32)),
+        extra(group_index=np.full(64, 2, np.int32)),
+        extra(group_index=np.full(64, -1, np.int32)),
+        extra(input_scale=ones[:63].copy()),
+        extra(kept_columns=np.array([0, 1], np.int32)),
+        extra(kept_weight=kept),
+        extra(kept_columns=np.array([1, 0], np.int32), kept_weight=kept),
+        extra(kept_columns=np.array([0, 64], np.int32), kept_weight=kept),
+        extra(kept_columns=np.array([0], np.int32), kept_weight=kept),
+        extra(kept_columns=np.array([0, 1], np.int32), kept_weight=kept, kept_dtype=0),
         lambda: _native.W4Matrix(codes + 16, scales, offsets, None, 32, tier),
         lambda: _native.W4Matrix(codes, scales[:, :1].copy(), offsets, None, 32, tier),
         lambda: _native.W4Matrix(codes, scales, offsets, scales[0].copy(), 32, tier),

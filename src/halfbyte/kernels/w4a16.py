@@ -1,9 +1,10 @@
 """The W4A16 linear: y [..., out] = x [..., in] · Ŵᵀ + bias, x and y in bf16, fp16 or fp32, Ŵ in integer codes.
 
-Three implementations of one contract:
+Three implementations of one contract, each of which honours every field of `QuantizedTensor`:
 
-    native     halfbyte's own C++ (native/cpu/w4_kernel.hpp), 4 bits, CPU: codes stay packed, arithmetic in fp32
-    torch      any bits, any device: Ŵ formed anew for each call in x's dtype, then torch's matrix product
+    native     halfbyte's own C++ (native/cpu/w4_kernel.hpp), CPU: codes stay packed, arithmetic in fp32. Codes of 2 to
+               4 bits take 4 bits, those of 5 to 8 bits a byte; columns kept in 16 bit stay in 16 bit
+    torch      any device: Ŵ formed anew for each call in x's dtype, then torch's matrix product
     reference  the definition, in fp64: what the others are tested against
 """
 
@@ -27,15 +28,20 @@ class NativeLinear:
 
         del device  # always the CPU: the registry saw to it
         _native.set_threads(thread_count())
-        # A single group may have any width; the kernel counts groups in octets.
-        group_size = weight.group_size if weight.groups > 1 else -(-weight.in_features // 8) * 8
+        index, scale, columns, kept = weight.group_index, weight.input_scale, weight.kept_columns, weight.kept_weight
         self._matrix = _native.W4Matrix(
             codes=weight.codes.contiguous().numpy(),
             scales=weight.scales.contiguous().numpy(),
             offsets=weight.offsets.contiguous().numpy(),
             bias=None if weight.bias is None else weight.bias.detach().float().contiguous().numpy(),
-            group_size=group_size,
+            group_size=min(weight.group_size, weight.in_features),
             tier=pick_tier(),
+            bits=4 if weight.bits <= 4 else 8,
+            group_index=None if index is None else index.contiguous().numpy(),
+            input_scale=None if scale is None else scale.contiguous().numpy(),
+            kept_columns=None if columns is None else columns.contiguous().numpy(),
+            kept_weight=None if kept is None else kept.contiguous().view(torch.uint16).numpy(),
+            kept_dtype=_NATIVE_DTYPES[torch.bfloat16 if kept is None else kept.dtype],
         )
         self._multiply = self._matrix.multiply
         self._in, self._out = weight.in_features, weight.out_features
@@ -73,22 +79,8 @@ class TorchLinear:
     """Codes, scales and zeros as plain tensors. Ŵ lives for one call: keeping it would undo the saving in memory."""
 
     def __init__(self, weight: QuantizedTensor, device: torch.device):
-        bias = None if weight.bias is None else weight.bias.to(device)
-        self._weight = QuantizedTensor(
-            weight.codes.to(device),
-            weight.scales.to(device),
-            weight.zeros.to(device),
-            weight.bits,
-            weight.group_size,
-            bias,
-        )
-        parts = [
-            self._weight.codes,
-            self._weight.scales,
-            self._weight.zeros,
-            *([] if bias is None else [bias]),
-        ]
-        self.nbytes = sum(part.numel() * part.element_size() for part in parts)
+        self._weight = weight.to(device)
+        self.nbytes = self._weight.nbytes
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
         """See `PreparedLinear`."""
@@ -124,8 +116,8 @@ def _always_available() -> None:
 ANY_BITS = frozenset(range(2, 9))
 KERNELS = [
     Kernel(
-        "native", NativeLinear, frozenset({"cpu"}), frozenset({4}), group_multiple=8, priority=100,
-        available=_native_available, summary="C++ on the CPU, codes stay packed",
+        "native", NativeLinear, frozenset({"cpu"}), ANY_BITS, group_multiple=1, priority=100,
+        available=_native_available, summary="C++ on the CPU, codes stay packed in 4 or 8 bits",
     ),
     Kernel(
         "torch", TorchLinear, frozenset(), ANY_BITS, group_multiple=1, priority=10,

@@ -1,0 +1,52 @@
+// All that a tier provides, from one small vector type S. Included by tier_*.cpp only.
+#pragma once
+
+#include "half_kernel.hpp"
+#include "w4_kernel.hpp"
+
+namespace halfbyte {
+namespace {
+
+// The products for both widths of codes, the one with 16-bit weights, and the rooflines.
+template <class S>
+struct TierOf {
+    using F = typename S::F;
+
+    static float read(const void* data, std::size_t n) {
+        const auto* floats = static_cast<const float*>(data);
+        constexpr int LANES = 256 / (4 * S::WIDTH);
+        F sums[LANES];
+        for (int i = 0; i < LANES; ++i) sums[i] = S::set1(0.0f);
+        for (std::size_t at = 0; at + 256 <= n; at += 256)
+            for (int i = 0; i < LANES; ++i) sums[i] = S::add(sums[i], S::load(floats + at / 4 + i * S::WIDTH));
+        float total = 0.0f, lanes[S::WIDTH];
+        for (int i = 0; i < LANES; ++i) {
+            S::store(lanes, sums[i]);
+            for (float lane : lanes) total += lane;
+        }
+        return total;
+    }
+
+    static double fma(std::int64_t steps, float* sink) {
+        constexpr int CHAINS = 12;  // latency 4 × 2 a cycle = 8; a few more cost nothing
+        F acc[CHAINS];
+        for (int i = 0; i < CHAINS; ++i) acc[i] = S::set1(static_cast<float>(i));
+        const F a = S::set1(0.999f), b = S::set1(1e-3f);
+        for (std::int64_t step = 0; step < steps; ++step)
+            for (int i = 0; i < CHAINS; ++i) acc[i] = S::fma(acc[i], a, b);
+        float lanes[S::WIDTH];
+        for (int i = 0; i < CHAINS; ++i) {
+            S::store(lanes, acc[i]);
+            *sink += lanes[0];
+        }
+        return 2.0 * CHAINS * S::WIDTH * static_cast<double>(steps);
+    }
+
+    static constexpr Tier tier(const char* name) {
+        return {name, S::GEMV_BLOCKS, S::TILE_ROWS, S::PANEL_BLOCKS, W4Kernel<S, 4>::product(), W4Kernel<S, 8>::product(),
+                HalfKernel<S>::multiply, read, fma};
+    }
+};
+
+}  // namespace
+}  // namespace halfbyte
