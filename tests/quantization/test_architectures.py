@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from collections import Counter
 from collections.abc import Iterator
@@ -99,7 +100,12 @@ def test_the_router_and_shared_experts_are_rescaled_with_the_experts(name: str) 
     assert set(fold.consumers) == consumed
 
 
-def dequantized(quantized: Path, folder: Path) -> Any:
+def on_disk(name: str, checkpoint: Checkpoint) -> str:
+    """The tensor of the original that holds a matrix: its own, or one for all experts."""
+    return f"{name}.weight" if f"{name}.weight" in checkpoint else re.sub(r"\.\d+\.(\w+)$", r".\1", name)
+
+
+def dequantized(quantized: Path, folder: Path, fused: set[str]) -> Any:
     """The quantized checkpoint as transformers reads it: every code multiplied out, no code of ours involved."""
     import transformers
 
@@ -113,6 +119,9 @@ def dequantized(quantized: Path, folder: Path) -> Any:
         weight = gemm.unpack(parts, group_size=GROUP_SIZE, name=name).dequantize()
         turned = any(f".{part}." in f".{name}." for part in ("c_attn", "c_proj", "c_fc")) and "gpt2" in str(quantized)
         tensors[f"{name}.weight"] = weight.T.contiguous() if turned else weight
+    for name in fused:  # experts that were one tensor, [experts, in, out]
+        path, _, leaf = name.rpartition(".")
+        tensors[name] = torch.stack([tensors.pop(f"{path}.{expert}.{leaf}.weight").T for expert in range(4)])
     save_file(
         {name: tensor.float() for name, tensor in tensors.items()}, folder / "model.safetensors", {"format": "pt"}
     )
@@ -126,6 +135,7 @@ def dequantized(quantized: Path, folder: Path) -> Any:
     return auto.from_pretrained(folder, dtype=torch.float32)
 
 
+@torch.no_grad()
 @pytest.mark.parametrize("name", ZOO)
 def test_quantize_write_read_and_run(
     name: str, tmp_path: Path, tokenizer: Path, monkeypatch: pytest.MonkeyPatch
@@ -144,7 +154,9 @@ def test_quantize_write_read_and_run(
     report = halfbyte.quantize(
         original, output, config, calibration=[TEXT[:4000]], max_calib_samples=4, max_calib_seq_len=48, progress=False
     )
-    assert not [warning for warning in report.warnings if "scaling" in warning]
+    refused = [warning for warning in report.warnings if "scaling" in warning]
+    # Llama 4 multiplies an expert's input by its score, so the norm before them feeds more than matrices.
+    assert len(refused) == (2 if name == "llama4" else 0)
 
     stored = {}
     for path in output.glob("*.safetensors"):
@@ -154,7 +166,7 @@ def test_quantize_write_read_and_run(
     for prefix, result in results.items():
         for local, tensor in result.tensors.items():
             full = f"{prefix}.{local}"
-            assert f"{full}.weight" in before  # the names are those on disk, one for each expert
+            assert on_disk(full, before) in before  # the names are those on disk, one for each expert
             parts = {key: stored.pop(f"{full}.{key}") for key in ("qweight", "qzeros", "scales")}
             read = gemm.unpack(parts, group_size=GROUP_SIZE, name=full)
             assert torch.equal(read.codes, tensor.codes)
@@ -162,12 +174,13 @@ def test_quantize_write_read_and_run(
             assert torch.equal(read.scales, tensor.scales)
             codes += 1
     assert len(report.linears) == codes
-    quantized_names = {f"{prefix}.{local}.weight" for prefix, result in results.items() for local in result.tensors}
-    assert set(stored) == set(before.names()) - quantized_names
+    replaced = {on_disk(f"{prefix}.{local}", before) for prefix, result in results.items() for local in result.tensors}
+    assert set(stored) == set(before.names()) - replaced
     for full in stored:
         if not any(full.startswith(prefix) for prefix in results):
             assert torch.equal(stored[full], before.read(full))  # embeddings, head and the vision tower as they were
 
-    expected = dequantized(output, tmp_path / "dequantized")(input_ids=IDS[:1]).logits[0]
+    fused = {name for name in replaced if not name.endswith(".weight")}
+    expected = dequantized(output, tmp_path / "dequantized", fused)(input_ids=IDS[:1]).logits[0]
     found = halfbyte.load(output, device="cpu").network(input_ids=IDS[:1]).logits[0].float()
     assert float((found - expected).norm() / expected.norm()) < 0.03

@@ -73,11 +73,16 @@ ZOO: dict[str, tuple[str, dict[str, Any], str]] = {
                               "image_token_index": 319}, "norm norm value product"),
     "qwen2_vl": ("Qwen2VLConfig", {"text_config": {**BASE, "rope_parameters": SECTIONS}, "vision_config": QWEN_VISION,
                                    "image_token_id": 319, "video_token_id": 318}, "norm norm value product"),
+    "nemotron": ("NemotronConfig", {**BASE, "head_dim": 16}, "norm+1 norm+1 value activation"),
+    "gpt_oss": ("GptOssConfig", {**BASE, "head_dim": 16, "num_local_experts": 4, "num_experts_per_tok": 2},
+                "norm norm value"),
+    "llama4": ("Llama4TextConfig", {**BASE, "head_dim": 16, "num_local_experts": 4, "intermediate_size_mlp": 96},
+               "norm value product"),
     "minicpm": ("GraniteConfig", {**BASE, "embedding_multiplier": 12.0, "residual_multiplier": 1.4 / 2**0.5,
                                   "logits_scaling": 64 / 32, "attention_multiplier": 0.25,
                                   "tie_word_embeddings": True}, "norm norm value product"),
 }  # fmt: skip
-MIXTURES = {"mixtral", "qwen2_moe", "qwen3_moe", "deepseek_v2", "deepseek_v3"}
+MIXTURES = {"gpt_oss", "mixtral", "qwen2_moe", "qwen3_moe", "deepseek_v2", "deepseek_v3"}
 
 
 def build(name: str) -> Any:

@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import nn
 
-from halfbyte.architectures.stored import Step, StoredTensor, cut, stored_tensors
+from halfbyte.architectures.stored import Step, StoredTensor, cut, expert_steps, stored_tensors
 
 _CACHE_ATTRIBUTE = "_halfbyte_matrices"
 
@@ -65,6 +65,14 @@ def quantizable_matrices(block: nn.Module) -> dict[str, Matrix]:
     return {name: matrix for name, matrix in matrices_of(block).items() if matrix.quantizable}
 
 
+def experts_in_one_tensor(block: nn.Module) -> dict[str, list[Matrix]]:
+    """Tensors on disk, by name inside the block, that hold one matrix for each expert, and those matrices."""
+    held: dict[str, list[Matrix]] = {}
+    for matrix in matrices_of(block).values():
+        held.setdefault(matrix.stored, []).append(matrix)
+    return {stored: matrices for stored, matrices in held.items() if len(matrices) > 1}
+
+
 def matrix_shape(model: nn.Module, stored: StoredTensor) -> tuple[int, int]:
     """[out, in] of the matrix that `stored` would be on disk; empty, (0, 0), if it is no matrix at all."""
     try:
@@ -85,9 +93,11 @@ def _enumerate(block: nn.Module) -> dict[str, Matrix]:
             continue  # a buffer
         path, _, leaf = stored.parameter.rpartition(".")
         owner, parameter = block.get_submodule(path), block.get_parameter(stored.parameter)
-        if parameter.ndim == 3 and not stored.steps and not _is_convolution(owner):
+        if parameter.ndim == 3 and not stored.steps:
+            if not hasattr(owner, "is_transposed"):
+                continue  # a convolution, or experts that do not say which way they multiply: they stay as they are
             matrices = _expert_slices(owner, stored, path, leaf, parameter.shape[0])
-        elif cut(parameter, stored.steps).ndim == 2 and not isinstance(owner, nn.Embedding):
+        elif cut(parameter, stored.steps).ndim == 2 and not isinstance(owner, nn.Embedding) and "bias" not in leaf:
             matrices = [_matrix(owner, stored, path, leaf)]
         else:
             continue
@@ -107,13 +117,14 @@ def _matrix(owner: nn.Module, stored: StoredTensor, path: str, leaf: str) -> Mat
 
 def _expert_slices(owner: nn.Module, stored: StoredTensor, path: str, leaf: str, count: int) -> list[Matrix]:
     """Experts that are one 3-D tensor on disk, too: named as if each had a file entry of its own."""
-    turned: tuple[Step, ...] = (("transpose", 0, 1),) if getattr(owner, "is_transposed", False) else ()
     folder = stored.name.removesuffix(leaf)
-    cuts: list[tuple[Step, ...]] = [(("select", 0, index), *turned) for index in range(count)]
     return [
-        Matrix(f"{folder}{index}.{leaf}", stored.name, stored.parameter, steps, None, 0, 0, quantizable=True)
-        for index, steps in enumerate(cuts)
-    ]
+        Matrix(
+            f"{folder}{index}.{leaf}", stored.name, stored.parameter, expert_steps(owner, index), None, 0, 0,
+            quantizable=True,
+        )
+        for index in range(count)
+    ]  # fmt: skip
 
 
 def _without_routers(block: nn.Module, matrices: dict[str, Matrix]) -> dict[str, Matrix]:
@@ -122,9 +133,9 @@ def _without_routers(block: nn.Module, matrices: dict[str, Matrix]) -> dict[str,
     for name, module in block.named_modules():
         if isinstance(module, nn.ModuleList) and name.endswith("experts"):
             counts[name] = len(module)
-    for matrix in matrices.values():
-        if any(step[0] == "select" for step in matrix.steps):
-            counts[matrix.parameter.rpartition(".")[0]] = block.get_parameter(matrix.parameter).shape[0]
+    for name, parameter in block.named_parameters():
+        if parameter.ndim == 3 and parameter.shape[1] > 1:  # not the kernels of a convolution over single channels
+            counts[name.rpartition(".")[0]] = parameter.shape[0]
     result = {}
     for name, matrix in matrices.items():
         for experts, count in counts.items():
@@ -139,7 +150,3 @@ def _without_routers(block: nn.Module, matrices: dict[str, Matrix]) -> dict[str,
 def _is_conv1d(module: nn.Module) -> bool:
     """GPT-2's linear, whose weight is [in, out]."""
     return type(module).__name__ == "Conv1D" and hasattr(module, "nf")
-
-
-def _is_convolution(module: nn.Module) -> bool:
-    return isinstance(module, nn.Conv1d | nn.Conv2d | nn.Conv3d)

@@ -55,8 +55,8 @@ def build_skeleton(folder: str, dtype: torch.dtype) -> Any:
 def find_decoder_blocks(model: nn.Module) -> tuple[str, nn.ModuleList]:
     """The list of decoder blocks and its dotted name.
 
-    It is the longest `ModuleList` whose members are all of one class and hold matrices; the config's layer count
-    breaks ties. Of a vision-language model it is that of the part that embeds tokens.
+    It is the longest `ModuleList` whose members hold matrices and are all of one class, or as many as the config
+    has layers; the layer count breaks ties. Of a vision-language model it is that of the part that embeds tokens.
 
     Raises:
         UnsupportedError: there is none.
@@ -66,9 +66,11 @@ def find_decoder_blocks(model: nn.Module) -> tuple[str, nn.ModuleList]:
     layers = getattr(text, "num_hidden_layers", None)
     best: tuple[tuple[bool, bool, int], str, nn.ModuleList] | None = None
     for name, module in model.named_modules():
-        if not isinstance(module, nn.ModuleList) or len({type(child) for child in module}) != 1:
+        if not isinstance(module, nn.ModuleList) or not len(module):
             continue
-        if not any(parameter.ndim > 1 for parameter in module[0].parameters()):
+        if len({type(child) for child in module}) != 1 and len(module) != layers:
+            continue
+        if not all(any(parameter.ndim > 1 for parameter in child.parameters()) for child in module):
             continue
         rank = (_embeds_tokens(text_tower(model, name)[1]), len(module) == layers, len(module))
         if best is None or rank > best[0]:

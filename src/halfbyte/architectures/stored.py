@@ -193,6 +193,16 @@ def _locator(model: Any, shapes: dict[str, torch.Size]) -> Any:
     def locate(name: str) -> StoredTensor | None:
         if name in shapes:
             return StoredTensor(name, name)
+        # One expert of a 3-D tensor, under the name `matrices` gives it: stored so once it is quantized.
+        split = re.fullmatch(r"(.+)\.(\d+)\.(\w+)\.weight", name)
+        whole = locate_whole(f"{split[1]}.{split[3]}") if split else None
+        owner = None if whole is None else model.get_submodule(whole.parameter.rpartition(".")[0])
+        if split and whole is not None and not whole.steps and hasattr(owner, "is_transposed"):
+            assert owner is not None
+            return StoredTensor(name, whole.parameter, expert_steps(owner, int(split[2])))
+        return locate_whole(name)
+
+    def locate_whole(name: str) -> StoredTensor | None:
         parameter, pattern = rename_source_key(name, renamings, converters, prefix, shapes)
         if parameter not in shapes:
             return None
@@ -200,6 +210,12 @@ def _locator(model: Any, shapes: dict[str, torch.Size]) -> Any:
         return StoredTensor(name, parameter, steps)
 
     return locate
+
+
+def expert_steps(owner: nn.Module, index: int) -> tuple[Step, ...]:
+    """The cuts from a 3-D parameter of `owner`, which says if it is transposed, to expert `index`'s W [out, in]."""
+    turned: tuple[Step, ...] = (("transpose", 0, 1),) if getattr(owner, "is_transposed", False) else ()
+    return (("select", 0, index), *turned)
 
 
 def _steps(converter: Any, pattern: str, name: str) -> tuple[Step, ...]:

@@ -92,30 +92,28 @@ def _move_around(tower: nn.Module, blocks: nn.ModuleList, device: torch.device) 
 def _capture(tower: Any, blocks: nn.ModuleList, tokens: torch.Tensor) -> Batch:
     """One batch through everything around the blocks, which hand on what they get.
 
-    Some models expect a block to return the hidden states, others a tuple with them; nothing says which, but with the
-    wrong one the second block gets something else than the first handed on.
+    Some models expect a block to return the hidden states, others a tuple that begins with them; nothing says which,
+    but with the wrong one the second block gets something else than the first handed on.
     """
-    for as_tuple in (False, True):
+    for length in range(4):
         batch = Batch(torch.empty(0), [{} for _ in blocks])
         seen: list[torch.Tensor] = []
         for index, block in enumerate(blocks):
-            block.forward = _recorder(batch, index, inspect.signature(type(block).forward), seen, as_tuple)
+            block.forward = _recorder(batch, index, inspect.signature(type(block).forward), seen, length)
         try:
             tower(input_ids=tokens, use_cache=False)
         except (IndexError, RuntimeError, TypeError, ValueError, AttributeError):
-            if as_tuple:
-                raise
             continue
         finally:
             for block in blocks:
                 del block.forward
-        if all(hidden.shape == seen[0].shape for hidden in seen):
+        if len(seen) == len(blocks) and all(hidden.shape == seen[0].shape for hidden in seen):
             return batch
     raise UnsupportedError(f"{type(tower).__name__}: its decoder blocks do not hand hidden states from one to the next")
 
 
-def _recorder(batch: Batch, index: int, signature: inspect.Signature, seen: list[torch.Tensor], as_tuple: bool) -> Any:
-    """A forward that notes its arguments by name and passes the hidden states on."""
+def _recorder(batch: Batch, index: int, signature: inspect.Signature, seen: list[torch.Tensor], length: int) -> Any:
+    """A forward that notes its arguments by name and passes the hidden states on, in a tuple if `length` is not 0."""
 
     def forward(*args: Any, **kwargs: Any) -> Any:
         names = list(signature.parameters)[1:]  # without self
@@ -125,7 +123,7 @@ def _recorder(batch: Batch, index: int, signature: inspect.Signature, seen: list
             batch.hidden = hidden
         seen.append(hidden)
         batch.kwargs[index] = arguments
-        return (hidden,) if as_tuple else hidden
+        return (hidden, None, None)[:length] if length else hidden
 
     return forward
 

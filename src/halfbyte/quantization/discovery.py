@@ -243,20 +243,22 @@ class _Job:
     kind: str
     row_of: torch.Tensor | None = None
     deviation: float = float("inf")
+    degree: int = 1
     tried: bool = False
 
     def fold(self, block: nn.Module) -> Fold | None:
         """The fold, if every column has a row and all rows are in one matrix."""
         if self.row_of is None:
             return None
-        rows, channel_of = torch.unique(self.row_of, return_inverse=True)
+        made_by, channel_of = torch.unique(self.row_of, return_inverse=True)
         first = 0
         for name in self.producer.matrices:
             count = weight_of(block, name).shape[0]
-            if first <= int(rows[0]) and int(rows[-1]) < first + count:
-                local = rows - first
+            if first <= int(made_by[0]) and int(made_by[-1]) < first + count:
+                local = made_by - first
                 whole = len(local) == count
-                return Fold(name, self.consumers, channel_of, None if whole else local, 0.0, self.kind)
+                rows = None if whole else local
+                return Fold(name, self.consumers, channel_of, rows, 0.0, self.kind, self.degree)
             first += count
         return None
 
@@ -299,15 +301,21 @@ def _scale_rows(laboratory: Laboratory, jobs: Sequence[_Job], rows: slice) -> No
     after = products_by_name(laboratory.run({job.producer.matrices: edit for job in jobs})[1])
     for job in jobs:
         x0 = job.consumer.x.reshape(-1, job.consumer.x.shape[-1])
-        x1 = after[job.consumer.matrices].x.reshape(x0.shape)
+        x1 = _columns(after, job.consumer)
+        if x1.shape != x0.shape:
+            continue  # another number of tokens chose this expert
         energy = (x0 * x0).sum(dim=0)
         alive = energy > 0
         ratio = ((x1 * x0).sum(dim=0) / energy.clamp(min=1e-300))[alive]
         off = ((x1[:, alive] - ratio * x0[:, alive]).norm(dim=0) / energy[alive].sqrt()).max()
         job.deviation = min(job.deviation, float(off)) if bool(alive.any()) else job.deviation
-        found, distance = _nearest(ratio.cpu(), factors[scaled])
+        for degree in (1, 2):  # 2: a squared ReLU
+            found, distance = _nearest(ratio.cpu(), factors[scaled] ** degree)
+            if float(distance) < _MATCH_TOLERANCE:
+                break
         if float(off) > _MATCH_TOLERANCE or float(distance) > _MATCH_TOLERANCE:
             continue
+        job.degree = degree
         if alive.all():
             job.row_of = scaled[found]
         elif len(alive) == len(scaled) and torch.equal(found, torch.arange(len(alive))[alive.cpu()]):
@@ -321,11 +329,19 @@ def _mark_rows(laboratory: Laboratory, jobs: Sequence[_Job]) -> None:
     edit: Edit = lambda y: marks.to(y.device).expand(y.shape).clone()  # noqa: E731
     after = products_by_name(laboratory.run({job.producer.matrices: edit for job in jobs})[1])
     for job in jobs:
-        x = after[job.consumer.matrices].x
-        columns = x.reshape(-1, x.shape[-1])
+        columns = _columns(after, job.consumer)
+        if not len(columns):
+            continue
         found, distance = _nearest(columns[0].cpu(), marks)
         if float((columns - columns[0]).abs().max()) < _MATCH_TOLERANCE and float(distance) < _MATCH_TOLERANCE:
             job.row_of, job.deviation = found, 0.0
+
+
+def _columns(products: dict[tuple[str, ...], Product], consumer: Product) -> torch.Tensor:
+    """What `consumer` multiplied in another run: [tokens, in]; no tokens if it did not take place."""
+    width = consumer.x.shape[-1]
+    found = products.get(consumer.matrices)
+    return consumer.x.new_empty(0, width) if found is None else found.x.reshape(-1, width)
 
 
 def _nearest(values: torch.Tensor, numbers: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

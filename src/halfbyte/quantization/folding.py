@@ -29,6 +29,7 @@ class Fold:
             for all rows in order.
         offset: what the norm adds to its weight before it multiplies: 1 for Gemma's (1 + w), 0 for most.
         kind: "norm", "value" (through attention), "product" (through a gated product) or "activation".
+        degree: with which power of the producer's row its channel grows: 2 through a squared ReLU, else 1.
     """
 
     producer: str
@@ -37,6 +38,7 @@ class Fold:
     rows: torch.Tensor | None = None
     offset: float = 0.0
     kind: str = "norm"
+    degree: int = 1
 
     @property
     def channels(self) -> int:
@@ -71,15 +73,16 @@ class Fold:
         weight = weight_of(block, self.producer)
         if weight.ndim == 1:
             scales = self._divide_norm(weight, scales, store_dtype)
-        elif self.rows is None:
-            weight.div_(scales.unsqueeze(1))
-        else:
+        divisor = scales if self.degree == 1 else scales ** (1 / self.degree)
+        if weight.ndim == 2 and self.rows is None:
+            weight.div_(divisor.unsqueeze(1))
+        elif weight.ndim == 2 and self.rows is not None:
             rows = self.rows.to(weight.device)
-            weight[rows] = weight[rows] / scales.unsqueeze(1)
+            weight[rows] = weight[rows] / divisor.unsqueeze(1)
         bias = self.bias_of(block)
         if bias is not None:
             which = slice(None) if self.rows is None else self.rows.to(bias.device)
-            bias[which] = bias[which] / scales
+            bias[which] = bias[which] / divisor
         columns = self.per_column(scales)
         for name in self.consumers:
             weight_of(block, name).mul_(columns)

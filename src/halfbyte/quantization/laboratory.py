@@ -76,8 +76,13 @@ class Laboratory:
             routed: let random numbers choose the experts, rather than the router.
         """
         trace = BlockTrace(self.block, edits={**(self._edits if routed else {}), **(edits or {})}, double=True)
-        with trace:
-            output = block_output(self.block(self.hidden, **self.kwargs))
+        default = torch.get_default_dtype()
+        torch.set_default_dtype(torch.float64)  # of the constants a block makes for itself
+        try:
+            with trace:
+                output = block_output(self.block(self.hidden, **self.kwargs))
+        finally:
+            torch.set_default_dtype(default)
         return output, trace
 
     @contextmanager
@@ -97,7 +102,8 @@ class Laboratory:
 
         def routing(logits: torch.Tensor) -> torch.Tensor:
             generator = torch.Generator().manual_seed(seed)
-            return torch.randn(logits.shape, generator=generator, dtype=logits.dtype).to(logits.device)
+            # Wide, so that they outweigh the bias some routers add to balance their experts.
+            return 4 * torch.randn(logits.shape, generator=generator, dtype=logits.dtype).to(logits.device)
 
         return routing
 

@@ -8,10 +8,12 @@ from typing import Any
 import torch
 from torch import nn
 
+from halfbyte.architectures.matrices import experts_in_one_tensor
 from halfbyte.architectures.stored import stored_values
 from halfbyte.checkpoints.reader import Checkpoint
 from halfbyte.formats import gemm
 from halfbyte.quantization.block import BlockResult
+from halfbyte.tensor import QuantizedTensor
 
 
 @dataclass
@@ -34,6 +36,12 @@ class PackedBlock:
         """Take one tensor, wherever it is."""
         self.bytes_after += tensor.nbytes
         self.tensors[name] = tensor.to("cpu")
+
+    def add_quantized(self, name: str, quantized: QuantizedTensor) -> None:
+        """Take the parts of a quantized matrix."""
+        for key, tensor in gemm.pack(quantized, name).items():
+            self.add(f"{name}.{key}", tensor)
+        self.parameters += quantized.codes.numel()
 
     def counts(self) -> dict[str, Any]:
         """All but the tensors."""
@@ -67,16 +75,23 @@ def pack_block(
         checkpoint: for dtypes on disk, and for what the block has no parameter for.
     """
     packed = PackedBlock()
-    values = stored_values(block)
+    values, experts = stored_values(block), experts_in_one_tensor(block)
     for full in names:
         local = full.removeprefix(name + ".")
         packed.bytes_before += checkpoint.info(full).nbytes
         module, _, leaf = local.rpartition(".")
+        if any(matrix.name in result.tensors for matrix in experts.get(local, [])):
+            # They part: each expert gets the entries it would have had if it had been a tensor of its own.
+            for matrix in experts[local]:
+                if matrix.name in result.tensors:
+                    packed.add_quantized(f"{name}.{matrix.name}", result.tensors[matrix.name])
+                else:
+                    weight = matrix.view(block).to(checkpoint.info(full).dtype).contiguous()
+                    packed.add(f"{name}.{matrix.name}.weight", weight)
+            continue
         if module in result.tensors:
             if leaf == "weight":
-                for key, tensor in gemm.pack(result.tensors[module], f"{name}.{module}").items():
-                    packed.add(f"{name}.{module}.{key}", tensor)
-                packed.parameters += result.tensors[module].codes.numel()
+                packed.add_quantized(f"{name}.{module}", result.tensors[module])
                 continue
             dtype = torch.float16  # the layout's own dtype for biases
         else:

@@ -110,6 +110,6 @@ class StatisticsCollector:
 
 def block_output(result: Any) -> torch.Tensor:
     """The hidden states a decoder block returns, alone or as the first of a tuple."""
-    hidden = result[0] if isinstance(result, tuple) else result
+    hidden = result[0] if isinstance(result, tuple | list) else result
     assert isinstance(hidden, torch.Tensor)
     return hidden

@@ -63,6 +63,15 @@ class ExpertStack(nn.Module):
         assert isinstance(parts, nn.ModuleList)
         return ExpertWeight(list(parts), interleaved=self.interleaved)
 
+    @classmethod
+    def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """All experts at once: x [experts, tokens, in] times the stack."""
+        name = getattr(func, "__name__", "")
+        if name in ("bmm", "matmul", "__matmul__") and len(args) == 2 and isinstance(args[1], ExpertStack):
+            stack = args[1]
+            return torch.stack([stack[index].multiply(x) for index, x in enumerate(args[0])])
+        raise UnsupportedError(f"quantized experts: the model applies {name} to their weights, which is not supported")
+
     def __len__(self) -> int:
         return len(self.experts)
 
