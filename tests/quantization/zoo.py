@@ -119,3 +119,30 @@ def save(name: str, folder: Path, make_tokenizer: Callable[[Path], None]) -> Pat
         (folder / "config.json").write_text(json.dumps(config))
     make_tokenizer(folder)
     return folder
+
+
+def table() -> str:
+    """What is found in each model's last block, as the table of docs/design/quantization.md."""
+    from tempfile import TemporaryDirectory
+
+    from halfbyte.cli.inspect import shorten
+    from halfbyte.quantization.inspection import inspect_folds
+
+    rows: dict[tuple[str, ...], list[str]] = {}
+    for name in ZOO:
+        with TemporaryDirectory() as folder:
+            block = inspect_folds(save(name, Path(folder), lambda _: None))[-1]
+        found: dict[str, None] = {}
+        for fold in block.discovery.folds:
+            norm = " (1 + w)" if fold.offset else ""
+            found[f"{shorten([fold.producer])}{norm} → {shorten(fold.consumers)}"] = None
+        cells = ("; ".join(found), shorten(block.discovery.unscaled), shorten(block.kept))
+        rows.setdefault(cells, []).append(name)
+    lines = ["| models | folds | in no fold | never quantized |", "|---|---|---|---|"]
+    for cells, names in rows.items():
+        lines.append("| " + " | ".join(cell.replace("*", r"\*") or "-" for cell in (", ".join(names), *cells)) + " |")
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    print(table())
