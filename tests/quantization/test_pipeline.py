@@ -160,14 +160,15 @@ def refusals(tiny: Path, tmp: Path) -> dict[str, tuple[dict[str, Any], type[Half
         "itself": ({"output_dir": tiny, "overwrite": True}, OutputError, "is the folder the model is read from"),
         "nothing left": ({"config": QuantConfig(modules_to_not_convert=("layers",))}, ConfigError, "no linear"),
         "device": ({"device": "tpu"}, ConfigError, "device 'tpu'"),
-        "budget": ({"memory_budget": "1GB"}, UnsupportedError, "memory_budget"),
-        "ray": ({"ray": "local"}, UnsupportedError, "ray"),
+        "budget": ({"memory_budget": "much"}, ConfigError, "memory_budget 'much': expected an amount"),
+        "small budget": ({"memory_budget": "1MB"}, ConfigError, "the least is"),
+        "no cluster": ({"ray": "127.0.0.1:1"}, HalfbyteError, "ray"),
     }
 
 
 CASES = (
     "unknown model", "no config", "group size", "empty text", "short text", "taken", "not ours", "itself",
-    "nothing left", "device", "budget", "ray",
+    "nothing left", "device", "budget", "small budget", "no cluster",
 )  # fmt: skip
 
 
@@ -190,9 +191,10 @@ def test_weights_that_are_not_finite_are_refused_by_name(tiny_llama: Path, tmp_p
     tensors = load_file(tmp_path / "nan" / "model.safetensors")
     tensors["model.layers.1.mlp.up_proj.weight"][3, 5] = float("nan")
     save_file(tensors, tmp_path / "nan" / "model.safetensors", metadata={"format": "pt"})
-    with pytest.raises(CheckpointError, match=r"tensor model.layers.1.mlp.up_proj.weight: holds NaN"):
+    kept = "1 of 2 blocks are finished and kept; run the same command again to go on"
+    with pytest.raises(CheckpointError, match=rf"tensor model.layers.1.mlp.up_proj.weight: holds NaN.*{kept}"):
         halfbyte.quantize(tmp_path / "nan", tmp_path / "out", **QUICK)
-    assert [path.name for path in tmp_path.iterdir()] == ["nan"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == [".out.partial", "nan"]
 
 
 def test_a_quantized_model_is_not_quantized_again(quantized_llama: Path, tmp_path: Path) -> None:
@@ -213,30 +215,40 @@ def test_overwrite_replaces_a_checkpoint(tiny_llama: Path, tmp_path: Path) -> No
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
 
 
-def test_a_full_disk_is_one_line_and_leaves_nothing(tiny_llama: Path, tmp_path: Path, monkeypatch: Any) -> None:
-    from halfbyte.checkpoints import writer
+def test_a_disk_full_at_the_first_block_is_one_line_and_leaves_nothing(
+    tiny_llama: Path, tmp_path: Path, monkeypatch: Any
+) -> None:
+    from halfbyte.checkpoints import journal
 
     def no_space(*_: Any, **__: Any) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(writer, "save_file", no_space)
+    monkeypatch.setattr(journal.ShardWriter, "finish", no_space)
     with pytest.raises(OutputError, match="the disk is full"):
         halfbyte.quantize(tiny_llama, tmp_path / "out", QuantConfig(method="rtn"))
     assert list(tmp_path.iterdir()) == []
 
 
 @pytest.mark.skipif(os.name != "posix", reason="sends SIGINT")
-def test_ctrl_c_is_one_line_code_2_and_leaves_nothing(tiny_llama: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("finished", [0, 1])
+def test_ctrl_c_is_one_line_code_2_and_keeps_what_is_finished(finished: int, tiny_llama: Path, tmp_path: Path) -> None:
     text = tmp_path / "text.txt"
     text.write_text(TEXT * 50)
     command = [sys.executable, "-m", "halfbyte", "quantize", str(tiny_llama), "-o", str(tmp_path / "out")]
-    command += ["--calibration", str(text), "--max-calib-samples", "100000", "--n-grid", "5000"]
+    command += ["--calibration", str(text), "--max-calib-samples", "20"]
+    command += ["--n-grid", "500000" if finished == 0 else "1000"]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-    deadline = time.monotonic() + 60
-    while not list(tmp_path.glob(".out.partial-*")) and time.monotonic() < deadline and process.poll() is None:
-        time.sleep(0.05)
+    awaited = ".out.partial/run.json" if finished == 0 else ".out.partial/blocks/0.json"
+    deadline = time.monotonic() + 120
+    while not (tmp_path / awaited).exists() and time.monotonic() < deadline and process.poll() is None:
+        time.sleep(0.01)
     process.send_signal(signal.SIGINT)
     _, stderr = process.communicate(timeout=60)
     assert process.returncode == 2
-    assert stderr == "halfbyte: stopped by Ctrl-C; nothing unfinished was kept\n"
-    assert [path.name for path in tmp_path.iterdir()] == ["text.txt"]
+    if finished:
+        kept = "1 of 2 blocks are finished and kept; run the same command again to go on"
+        assert stderr == f"halfbyte: stopped by Ctrl-C; {kept}\n"
+        assert sorted(path.name for path in tmp_path.iterdir()) == [".out.partial", "text.txt"]
+    else:
+        assert stderr == "halfbyte: stopped by Ctrl-C; nothing unfinished was kept\n"
+        assert [path.name for path in tmp_path.iterdir()] == ["text.txt"]

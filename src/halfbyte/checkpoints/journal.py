@@ -63,6 +63,7 @@ class Journal:
         self._overwrite = overwrite
         self._source = source
         self._lock: int | None = None
+        self._run: dict[str, Any] | None = None
         self.target = real_target(output_dir)
         self.folder = self.target.with_name(f".{self.target.name}.partial")
         self.records: dict[int, dict[str, Any]] = {}
@@ -79,7 +80,9 @@ class Journal:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        if not self.records or self.finished is not None:
+        # An earlier attempt that was refused is not this run's to remove.
+        ours = self._run is not None or not (self.folder / "run.json").exists()
+        if ours and (not self.records or self.finished is not None):
             self._clear()
             shutil.rmtree(self.folder, ignore_errors=True)
         if self._lock is not None:
@@ -98,7 +101,7 @@ class Journal:
         if self._renamed():
             document = _read_json(self.folder / "finished.json") or {}
             if document.get("run") == run:
-                self.finished = document["report"]
+                self.finished, self._run = document["report"], run
                 return
             self._clear()
             check_target(self.target, self._overwrite, self._source)

@@ -48,19 +48,22 @@ class States:
             saved: from `save`: continue there, with the hidden states saved then.
         """
         number = len(self.batches)
-        if self.spill:
-            batch = _SpilledBatch(batch, self, number)
-        if saved is not None:
+        taken = _SpilledBatch(batch.kwargs, self, number) if self.spill else batch
+        if saved is None:
+            taken.hidden, taken.propagated = batch.hidden, batch.propagated
+        else:
             self.step = saved["step"]
             for kind in KINDS:
                 name = f"{self.step}-{number}.{kind}"
-                if name in saved["files"]:
-                    shape = torch.Size(saved["files"][name]["shape"])
-                    if isinstance(batch, _SpilledBatch):
-                        batch.files[kind] = (self.folder / name, shape)
-                    else:
-                        setattr(batch, kind, read_state(self.folder / name, shape).to(self.device))
-        self.batches.append(batch)
+                entry = saved["files"].get(name)
+                place = None if entry is None else (self.folder / name, torch.Size(entry["shape"]))
+                if isinstance(taken, _SpilledBatch):
+                    taken.files[kind] = place
+                else:
+                    setattr(taken, kind, None if place is None else read_state(*place).to(self.device))
+        self.batches.append(taken)
+        if isinstance(taken, _SpilledBatch):
+            taken.ahead = 1
 
     def save(self) -> dict[str, Any]:
         """Make durable what goes into the next block, and count on.
@@ -77,13 +80,7 @@ class States:
             for number, batch in enumerate(self.batches):
                 for kind in KINDS:
                     path = self.folder / f"{self.step}-{number}.{kind}"
-                    if isinstance(batch, _SpilledBatch):
-                        _, shape = batch.files.get(kind, (path, None))
-                    else:
-                        tensor = getattr(batch, kind)
-                        shape = None if tensor is None else tensor.shape
-                        if tensor is not None:
-                            write_state(path, tensor)
+                    shape = batch.shape_of(kind) if isinstance(batch, _SpilledBatch) else _write(path, batch, kind)
                     if shape is not None:
                         files[path.name] = {"shape": list(shape), "sha256": file_hash(path)}
             for name in files:
@@ -120,32 +117,40 @@ def read_state(path: Path, shape: torch.Size) -> torch.Tensor:
     return tensor
 
 
+def _write(path: Path, batch: Batch, kind: str) -> torch.Size | None:
+    tensor: torch.Tensor | None = getattr(batch, kind)
+    if tensor is None:
+        return None
+    write_state(path, tensor)
+    return tensor.shape
+
+
 class _SpilledBatch(Batch):
     """A batch whose hidden states are in files: read each time they are asked for, written when they are replaced."""
 
-    def __init__(self, batch: Batch, states: States, number: int):
-        self.files: dict[str, tuple[Path, torch.Size]] = {}
+    def __init__(self, kwargs: list[dict[str, Any]], states: States, number: int):
+        self.kwargs = kwargs
+        self.files: dict[str, tuple[Path, torch.Size] | None] = dict.fromkeys(KINDS)
+        self.ahead = 0  # what is set at first goes into the block to come, what is set later comes out of it
         self._states = states
         self._number = number
-        self._ahead = 0  # what is given here goes into the block to come, what is set later comes out of it
-        super().__init__(batch.hidden, batch.kwargs, batch.propagated)
-        self._ahead = 1
+
+    def shape_of(self, kind: str) -> torch.Size | None:
+        """Of what is in the file, without reading it."""
+        place = self.files[kind]
+        return None if place is None else place[1]
 
     def _get(self, kind: str) -> torch.Tensor | None:
-        if kind not in self.files:
-            return None
-        path, shape = self.files[kind]
-        return read_state(path, shape).to(self._states.device)
+        place = self.files[kind]
+        return None if place is None else read_state(*place).to(self._states.device)
 
     def _set(self, kind: str, value: torch.Tensor | None) -> None:
-        if value is None:
-            self.files.pop(kind, None)
-            return
-        step = self._states.step + self._ahead
-        path = self._states.folder / f"{step}-{self._number}.{kind}"
-        with writes_explained(self._states.target, value.nbytes):
-            write_state(path, value)
-        self.files[kind] = (path, value.shape)
+        self.files[kind] = None
+        if value is not None:
+            path = self._states.folder / f"{self._states.step + self.ahead}-{self._number}.{kind}"
+            with writes_explained(self._states.target, value.nbytes):
+                write_state(path, value)
+            self.files[kind] = (path, value.shape)
 
     @property
     def hidden(self) -> torch.Tensor:

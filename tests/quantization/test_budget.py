@@ -1,0 +1,125 @@
+"""What fits, what is spilled, what is refused."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+import halfbyte
+from halfbyte import QuantConfig
+from halfbyte.errors import ConfigError
+from halfbyte.quantization import pipeline
+from halfbyte.quantization.budget import PROCESS_BYTES, MemoryPlan, parse_bytes, plan_memory
+from halfbyte.quantization.capture import BATCH_TOKENS, Batch
+from halfbyte.quantization.states import States, is_saved
+from tests.conftest import TEXT
+
+
+@pytest.mark.parametrize(
+    ("text", "nbytes"),
+    [("2GB", 2 * 10**9), ("800MiB", 800 << 20), (5, 5), ("1.5 gib", 3 << 29), ("4g", 4 * 10**9), ("12 KB", 12000)],
+)
+def test_amounts(text: int | str, nbytes: int) -> None:
+    assert parse_bytes(text) == nbytes
+
+
+@pytest.mark.parametrize("text", ["", "GB", "-1GB", "2 pounds", "0", "1TBB", "1e9", "nan"])
+def test_no_amounts(text: str) -> None:
+    with pytest.raises(ConfigError, match=r'memory_budget .*: expected an amount such as "2GB"'):
+        parse_bytes(text)
+
+
+def plan(budget: int | str | None, **changes: Any) -> MemoryPlan:
+    """Four blocks of 400 MB in fp32, on the meta device."""
+    with torch.device("meta"):
+        blocks = nn.ModuleList(nn.Sequential(nn.Linear(1000, 50_000), nn.Linear(50_000, 1000)) for _ in range(4))
+    linears = [(f"{index}.{part}", 1000 if part == 0 else 5000) for index in range(4) for part in (0, 1)]
+    settings: dict[str, Any] = {
+        "sequences": [500] * 1000,
+        "hidden_size": 1000,
+        "embedding_bytes": 10,
+        "propagates": False,
+    }
+    return plan_memory(blocks, linears, **{**settings, **changes}, budget=budget)
+
+
+def test_a_large_budget_changes_nothing() -> None:
+    assert plan("500GB") == MemoryPlan(BATCH_TOKENS, False, plan("500GB").expected_bytes)
+    assert plan(None).batch_tokens == BATCH_TOKENS
+
+
+def test_inputs_are_spilled_first_and_then_batches_get_smaller() -> None:
+    ample = plan("500GB").expected_bytes
+    assert ample > PROCESS_BYTES + 3 * 400e6 + 2e9
+    assert plan(ample) == plan("500GB")
+    spilled = plan(ample - 1)
+    assert spilled == MemoryPlan(BATCH_TOKENS, True, ample - 2_000_000_000)
+    smaller = plan(spilled.expected_bytes - 1)
+    assert smaller.spill
+    assert smaller.batch_tokens == BATCH_TOKENS // 2
+    assert plan(ample, propagates=True).spill
+
+
+def test_a_budget_that_cannot_work_is_told_the_least_that_does() -> None:
+    with pytest.raises(
+        ConfigError, match=r"memory_budget: 0.5 GB are too little .*; the least is (\d\.\d) GB"
+    ) as error:
+        plan("500MB")
+    least = str(error.value).partition("the least is ")[2].partition(" GB")[0]
+    assert plan(f"{least}GB").batch_tokens in (500, 512)
+    with pytest.raises(ConfigError, match="the least is"):
+        plan(f"{float(least) - 0.2}GB")
+
+
+def test_a_refused_budget_leaves_nothing(tiny_llama: Path, tmp_path: Path) -> None:
+    for budget in ("1MB", "many"):
+        with pytest.raises(ConfigError, match="memory_budget"):
+            halfbyte.quantize(tiny_llama, tmp_path / "out", QuantConfig(method="rtn"), memory_budget=budget)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_spilling_changes_no_bit(tiny_llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    settings: dict[str, Any] = {"calibration": [TEXT], "max_calib_samples": 5, "max_calib_seq_len": 32}
+    halfbyte.quantize(tiny_llama, tmp_path / "a", QuantConfig(n_grid=2), **settings)
+    monkeypatch.setattr(pipeline, "plan_memory", lambda *_, **__: MemoryPlan(BATCH_TOKENS, True, 0))
+    halfbyte.quantize(tiny_llama, tmp_path / "b", QuantConfig(n_grid=2), **settings)
+    assert (tmp_path / "a" / "model.safetensors").read_bytes() == (tmp_path / "b" / "model.safetensors").read_bytes()
+
+
+@pytest.mark.parametrize("spill", [False, True])
+def test_states_come_back_as_they_were_saved(spill: bool, tmp_path: Path) -> None:
+    cpu = torch.device("cpu")
+
+    def fresh() -> States:
+        return States(tmp_path, tmp_path / "out", cpu, spill=spill)
+
+    states = fresh()
+    for number in range(2):
+        start = torch.full((1, 2, 3), float(number))
+        states.take(Batch(start, [{}], start if number else None))
+    assert torch.equal(states.batches[1].hidden, torch.full((1, 2, 3), 1.0))
+    outputs = torch.randn(2, 1, 2, 3)
+    for batch, output in zip(states.batches, outputs, strict=True):
+        batch.hidden = output
+    states.batches[1].propagated = outputs[0] * 2
+    saved = states.save()
+    states.forget_earlier()
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["1-0.hidden", "1-1.hidden", "1-1.propagated"]
+    assert is_saved(tmp_path, saved)
+
+    again = fresh()
+    for _ in range(2):
+        again.take(Batch(torch.zeros(1, 2, 3), [{}]), saved)
+    assert again.step == 1
+    assert torch.equal(torch.stack([batch.hidden for batch in again.batches]), outputs)
+    assert again.batches[0].propagated is None
+    assert again.batches[1].propagated is not None
+    assert torch.equal(again.batches[1].propagated, outputs[0] * 2)
+
+    (tmp_path / "1-0.hidden").write_bytes(b"x")
+    assert not is_saved(tmp_path, saved)
+    assert not is_saved(tmp_path, None)
