@@ -162,7 +162,7 @@ def refusals(tiny: Path, tmp: Path) -> dict[str, tuple[dict[str, Any], type[Half
         "device": ({"device": "tpu"}, ConfigError, "device 'tpu'"),
         "budget": ({"memory_budget": "much"}, ConfigError, "memory_budget 'much': expected an amount"),
         "small budget": ({"memory_budget": "1MB"}, ConfigError, "the least is"),
-        "no cluster": ({"ray": "127.0.0.1:1"}, HalfbyteError, "ray"),
+        "no cluster": ({"ray": "127.0.0.1:1"}, HalfbyteError, "ray"),  # told so, or that Ray is not installed
     }
 
 

@@ -11,6 +11,7 @@ from __future__ import annotations
 import copy
 import logging
 import queue
+import socket
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
@@ -23,6 +24,7 @@ from halfbyte.quantization.task import BlockOutcome, BlockTask, on_device
 
 # A worker that dies (killed, out of memory, its machine gone) costs its block; Ray starts that again this often.
 RETRIES = 3
+CONNECT_SECONDS = 10
 
 
 class Workers(Protocol):
@@ -73,6 +75,8 @@ def _connected(address: str) -> Iterator[Any]:
     if ray.is_initialized():  # the caller's own cluster, which is the caller's to end
         yield ray
         return
+    if address not in ("local", "auto"):
+        _refuse_silence(address)
     try:
         ray.init(address, include_dashboard=False, logging_level=logging.ERROR, log_to_driver=False)
     except (ConnectionError, ValueError, RuntimeError) as error:
@@ -84,6 +88,17 @@ def _connected(address: str) -> Iterator[Any]:
         yield ray
     finally:
         ray.shutdown()
+
+
+def _refuse_silence(address: str) -> None:
+    """Ray itself waits for minutes where nothing answers, and then ends the process."""
+    host, _, port = address.removeprefix("ray://").rpartition(":")
+    try:
+        socket.create_connection((host, int(port)), timeout=CONNECT_SECONDS).close()
+    except (OSError, ValueError, OverflowError) as error:
+        raise ConfigError(
+            f"ray {address!r}: no cluster there ({error}); expected local, auto or HOST:PORT of `ray start --head`"
+        ) from error
 
 
 class RayWorkers:

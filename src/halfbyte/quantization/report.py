@@ -118,4 +118,5 @@ class QuantizationReport:
     def to_manifest(self) -> dict[str, Any]:
         """What the checkpoint keeps: the same from any two runs of the same thing, but for `run`."""
         values = {key: value for key, value in self.to_dict().items() if key != "output_dir"}
-        return {**values, "run": {key: values.pop(key) for key in MEASURED}}
+        measured = {key: values.pop(key) for key in MEASURED}
+        return {**values, "run": measured}
