@@ -105,6 +105,22 @@ def test_an_expert_no_token_reaches_is_rounded_to_nearest_and_reported(tmp_path:
     assert torch.equal(codes.codes, nearest.codes)
 
 
+@pytest.mark.parametrize(
+    ("name", "kept"),
+    [
+        ("llama", []),
+        ("mixtral", [f"model.layers.{index}.block_sparse_moe.gate" for index in range(2)]),
+        ("deepseek_v3", ["model.layers.1.mlp.gate"]),
+        ("llava", ["multi_modal_projector", "vision_tower"]),
+    ],
+)
+def test_the_config_names_what_is_never_quantized(name: str, kept: list[str], tmp_path: Path) -> None:
+    folder = save(name, tmp_path / name, make_tokenizer)
+    halfbyte.quantize(folder, tmp_path / "out", halfbyte.QuantConfig(method="rtn", group_size=16), progress=False)
+    section = Checkpoint.open(tmp_path / "out").config["quantization_config"]
+    assert section["modules_to_not_convert"] == ["lm_head", *kept]
+
+
 def test_the_routers_are_found_by_where_they_stand() -> None:
     block, _, _ = block_of("qwen2_moe")
     kept = {name for name, matrix in matrices_of(block).items() if not matrix.quantizable}

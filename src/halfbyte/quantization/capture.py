@@ -10,9 +10,9 @@ from typing import Any
 import torch
 from torch import nn
 
-from halfbyte.architectures.matrices import Matrix, quantizable_matrices
+from halfbyte.architectures.matrices import Matrix, matrices_of, quantizable_matrices
 from halfbyte.architectures.skeleton import fill, set_parameter, text_tower
-from halfbyte.architectures.stored import TensorSource
+from halfbyte.architectures.stored import ModelTensors, TensorSource
 from halfbyte.errors import UnsupportedError
 
 # Tokens in one forward pass: enough for the matrix products to run at full speed, little enough for activations of an
@@ -140,3 +140,30 @@ def quantizable_linears(blocks: nn.ModuleList, blocks_name: str) -> dict[str, Ma
         for index, block in enumerate(blocks)
         for name, matrix in quantizable_matrices(block).items()
     }
+
+
+def kept_names(model: nn.Module, blocks_name: str, stored_name: str, tensors: ModelTensors) -> list[str]:
+    """What is never quantized, by name on disk: routers and gates in the blocks, and the towers beside the text.
+
+    Args:
+        model: a skeleton whose blocks are annotated.
+        blocks_name: dotted name of the list of decoder blocks in the model.
+        stored_name: the same on disk.
+        tensors: of the checkpoint.
+    """
+    tower = text_tower(model, blocks_name)[0]
+    found: dict[str, None] = {}
+    for name, stored in tensors.stored.items():
+        if tower and not stored.parameter.startswith((tower + ".", "lm_head")):
+            parts = name.split(".")
+            depth = next(
+                (at for at in range(1, len(parts)) if not stored_name.startswith(".".join(parts[:at]) + ".")), 0
+            )
+            found[".".join(parts[:depth])] = None
+    blocks = model.get_submodule(blocks_name)
+    assert isinstance(blocks, nn.ModuleList)
+    for index, block in enumerate(blocks):
+        for local, matrix in matrices_of(block).items():
+            if not matrix.quantizable and matrix.stored.endswith(".weight"):
+                found[f"{stored_name}.{index}.{local}"] = None
+    return [name for name in found if name]

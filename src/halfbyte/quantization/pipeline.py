@@ -33,7 +33,7 @@ from halfbyte.formats import gemm
 from halfbyte.progress import Ticker, progress_bar
 from halfbyte.quantization.budget import MemoryPlan, parse_bytes, plan_memory
 from halfbyte.quantization.calibration import CalibrationSet, build_calibration_set, read_documents
-from halfbyte.quantization.capture import capture_block_inputs, quantizable_linears
+from halfbyte.quantization.capture import capture_block_inputs, kept_names, quantizable_linears
 from halfbyte.quantization.config import QuantConfig
 from halfbyte.quantization.distributed import Workers, workers
 from halfbyte.quantization.identity import describe_run, versions
@@ -374,5 +374,6 @@ class _Job:
         writer.add_json(MANIFEST_NAME, report.to_manifest())
 
     def _not_converted(self) -> list[str]:
-        """Names every loader understands for what stayed in 16 bit: `lm_head` and the parts the user excluded."""
-        return ["lm_head", *self.config.modules_to_not_convert]
+        """Names every loader understands for what stayed in 16 bit: `lm_head`, routers, what the user excluded."""
+        kept = kept_names(self.skeleton, self.blocks_name, self.stored_name, self.tensors)
+        return ["lm_head", *kept, *self.config.modules_to_not_convert]
