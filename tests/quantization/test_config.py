@@ -34,7 +34,13 @@ def test_whole_rows_always_work() -> None:
     ("bad", "named"),
     [
         ({"method": "gptq2"}, "method"),
-        ({"bits": 3}, "bits"),
+        ({"bits": 5}, "bits"),
+        ({"bits": 3, "format": "gemm"}, "bits"),
+        ({"importance": "l3"}, "importance"),
+        ({"rounding": "up"}, "rounding"),
+        ({"sweeps": -1}, "sweeps"),
+        ({"sweeps": 2}, "sweeps"),
+        ({"format": "marlin"}, "format"),
         ({"group_size": 0}, "group_size"),
         ({"group_size": -2}, "group_size"),
         ({"group_size": "big"}, "group_size"),
@@ -59,3 +65,25 @@ def test_skips_compares_whole_components_of_a_name() -> None:
     assert config.skips("model.layers.0.mlp.gate")
     assert not config.skips("model.layers.0.mlp.gate_proj")
     assert config.skips("model.layers.11.self_attn.v_proj")
+
+
+def test_a_method_fills_in_the_stages_that_were_left_open() -> None:
+    assert (QuantConfig().scale, QuantConfig().clip, QuantConfig().rounding) == (True, True, "nearest")
+    assert QuantConfig("awq-l2").importance == "l2"
+    assert not QuantConfig("rtn").calibrated
+    best = QuantConfig("best", clip=False)
+    assert (best.scale, best.clip, best.rounding, best.sweeps) == (True, False, "compensated", 3)
+    assert QuantConfig("rtn", rounding="compensated").calibrated
+
+
+def test_autoawq_spellings_are_understood() -> None:
+    config = QuantConfig.from_dict({"zero_point": True, "q_group_size": 64, "w_bit": 4, "version": "GEMM"})
+    assert config == QuantConfig(group_size=64, format="gemm")
+    with pytest.raises(ConfigError, match="^version 'GEMV'"):
+        QuantConfig.from_dict({"version": "GEMV"})
+    with pytest.raises(ConfigError, match="^w_bit: says the same"):
+        QuantConfig.from_dict({"bits": 4, "w_bit": 4})
+
+
+def test_groups_need_not_divide_in_the_native_layout() -> None:
+    assert QuantConfig(group_size=128, format="native").resolved([("q_proj", 576)]).group_size == 128

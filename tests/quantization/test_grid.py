@@ -63,9 +63,14 @@ def test_an_all_zero_group_stays_zero() -> None:
 
 def test_fake_quantize_is_quantize_then_dequantize() -> None:
     weight = weights(3, 0.1, 1)
-    shrink = torch.rand(6, 4) * 0.5 + 0.5
     for zero_point in (True, False):
         grid = Grid(4, 8, zero_point)
-        torch.testing.assert_close(
-            grid.fake_quantize(weight, shrink), grid.quantize(weight, shrink).dequantize(), rtol=0, atol=0
-        )
+        torch.testing.assert_close(grid.fake_quantize(weight), grid.quantize(weight).dequantize(), rtol=0, atol=0)
+
+
+def test_a_short_last_group_has_a_grid_of_its_own() -> None:
+    weight = torch.cat([torch.linspace(-8, 7, 16).repeat(3, 1), torch.linspace(0, 0.15, 6).repeat(3, 1)], dim=1)
+    tensor = Grid(4, 16, True).quantize(weight)
+    assert tensor.scales.shape == (3, 2)
+    torch.testing.assert_close(tensor.dequantize()[:, 16:], weight[:, 16:], rtol=0, atol=0.006)
+    torch.testing.assert_close(Grid(4, 16, True).fake_quantize(weight), tensor.dequantize(), rtol=0, atol=0)

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from halfbyte.architectures.skeleton import find_decoder_blocks, named_linears, weight_of
-from halfbyte.quantization.clipping import search_clip
+from halfbyte.quantization.clipping import JOINT_FACTORS, full_range, search_range
 from halfbyte.quantization.config import QuantConfig
 from halfbyte.quantization.discovery import PROOF_TOLERANCE, discover_folds, proven
 from halfbyte.quantization.folding import Fold
@@ -100,23 +100,45 @@ def test_dead_channels_and_bad_statistics_do_not_stop_the_search() -> None:
     assert (choice.scales > 0).all()
 
 
-def test_clipping_takes_the_best_factor_of_each_group() -> None:
+@pytest.mark.parametrize("zero_point", [True, False])
+def test_the_range_search_beats_every_common_shrink_of_each_group(zero_point: bool) -> None:
     weight = torch.randn(4, 32, generator=torch.Generator().manual_seed(0))
     weight[0, 3] = 6.0  # an outlier that costs its group all its resolution
     x = torch.randn(128, 32, generator=torch.Generator().manual_seed(1))
     x[:, 3] *= 0.01
-    grid, gram = Grid(4, 16, True), statistics_of(x).gram
-    factors = search_clip(weight, gram, grid)
-    assert float(factors[0, 0]) < 0.85
+    grid, gram = Grid(4, 16, zero_point), statistics_of(x).gram
+    found = search_range(weight, gram, grid)
+    assert bool(found.clipped[0, 0])
+    assert float(found.scales[0, 0]) < 0.85 * float(full_range(weight, grid).scales[0, 0])
 
-    def group_errors(shrink: torch.Tensor) -> torch.Tensor:
-        delta = grid.split(grid.fake_quantize(weight, shrink) - weight)
-        blocks = torch.stack([gram[:16, :16], gram[16:, 16:]])
-        return torch.einsum("ogk,gkl,ogl->og", delta, blocks, delta)
+    def group_errors(scales: torch.Tensor, zeros: torch.Tensor) -> torch.Tensor:
+        delta = grid.split(grid.tensor(grid.nearest(weight, scales, zeros), scales, zeros).dequantize() - weight)
+        return torch.einsum("ogk,gkl,ogl->og", delta, grid.diagonal_blocks(gram), delta)
 
-    best = group_errors(factors)
-    for step in range(20):
-        assert (best <= group_errors(torch.full_like(factors, 1 - step * 0.025)) * (1 + 1e-4)).all()
+    best = group_errors(found.scales, found.zeros)
+    low, high = grid.split(weight).aminmax(dim=-1)
+    for factor in JOINT_FACTORS:
+        assert (best <= group_errors(*grid.parameters(low * factor, high * factor)) * (1 + 1e-4)).all()
+
+
+def test_each_end_of_a_range_is_searched_on_its_own() -> None:
+    """Outliers below that hardly matter: the lower end gives way, the upper one stays where the weights are."""
+    weight = torch.linspace(-1, 1, 64).reshape(1, 64).clone()
+    weight[0, :4] = -1.6
+    gram = torch.eye(64)
+    gram[:4, :4] *= 1e-3
+    found = search_range(weight, gram, Grid(4, 64, True))
+    low, high = -found.scales * found.zeros, found.scales * (15 - found.zeros)
+    assert -1.2 < float(low) < -0.75
+    assert 0.85 < float(high) < 1.15
+
+
+def test_a_range_search_splits_rows_without_changing_the_result(monkeypatch: pytest.MonkeyPatch) -> None:
+    weight, gram = torch.randn(40, 32), statistics_of(torch.randn(128, 32)).gram
+    whole = search_range(weight, gram, Grid(4, 16, True))
+    monkeypatch.setattr("halfbyte.quantization.clipping.CHUNK_WEIGHTS", 7 * 32)
+    parts = search_range(weight, gram, Grid(4, 16, True))
+    torch.testing.assert_close(whole.scales, parts.scales)
 
 
 def test_every_candidate_of_a_llama_block_is_proven(tiny_llama: Path) -> None:

@@ -40,10 +40,27 @@ class Grid:
         """The largest code."""
         return (1 << self.bits) - 1
 
+    def size(self, width: int) -> int:
+        """Columns in a group of a row `width` wide; the last group may be shorter."""
+        return width if self.group_size == -1 else self.group_size
+
     def split(self, weight: torch.Tensor) -> torch.Tensor:
-        """View [out, in] as [out, groups, group_size]; the group size must divide `in`."""
-        size = weight.shape[1] if self.group_size == -1 else self.group_size
+        """[out, in] as [out, groups, group_size]; a short last group gets zeros, which every range holds."""
+        size = self.size(weight.shape[1])
+        if missing := -weight.shape[1] % size:
+            weight = torch.nn.functional.pad(weight, (0, missing))
         return weight.reshape(weight.shape[0], -1, size)
+
+    def join(self, groups: torch.Tensor, width: int) -> torch.Tensor:
+        """The inverse of `split`: [out, groups, group_size] → [out, width]."""
+        return groups.reshape(groups.shape[0], -1)[:, :width]
+
+    def diagonal_blocks(self, gram: torch.Tensor) -> torch.Tensor:
+        """[in, in] → [groups, group_size, group_size], a short last group filled up with zeros."""
+        size = self.size(gram.shape[0])
+        if missing := -gram.shape[0] % size:
+            gram = torch.nn.functional.pad(gram, (0, missing, 0, missing))
+        return torch.stack([gram[i : i + size, i : i + size] for i in range(0, gram.shape[0], size)])
 
     def parameters(self, low: torch.Tensor, high: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Scale and zero point for groups whose weights span [low, high].
@@ -68,37 +85,30 @@ class Grid:
         """Codes as float32 [..., group_size] of `groups` [..., group_size] for scales and zeros [...]."""
         return (groups / scales.unsqueeze(-1)).round_().add_(zeros.unsqueeze(-1)).clamp_(0, self.max_code)
 
-    def fake_quantize(self, weight: torch.Tensor, shrink: torch.Tensor | None = None) -> torch.Tensor:
-        """Ŵ [out, in] float32: the weight after a round trip through the grid.
-
-        Args:
-            weight: float32 [out, in].
-            shrink: optional [out, groups] factor in (0, 1] applied to each group's range.
-        """
+    def fake_quantize(self, weight: torch.Tensor) -> torch.Tensor:
+        """Ŵ, float32: `weight` float32 [out, in] after a round trip through the grid, each group's whole range."""
         groups = self.split(weight)
-        scales, zeros = self.parameters(*self.range(groups, shrink))
+        scales, zeros = self.parameters(*self.range(groups))
         codes = self.codes(groups, scales, zeros)
-        return codes.sub_(zeros.unsqueeze(-1)).mul_(scales.unsqueeze(-1)).reshape(weight.shape)
+        return self.join(codes.sub_(zeros.unsqueeze(-1)).mul_(scales.unsqueeze(-1)), weight.shape[1])
 
-    def range(self, groups: torch.Tensor, shrink: torch.Tensor | None = None) -> tuple[torch.Tensor, torch.Tensor]:
-        """Smallest and largest weight of each group [..., group_size], times `shrink` [...]."""
+    def range(self, groups: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Smallest and largest weight of each group [..., group_size]."""
         low, high = groups.aminmax(dim=-1)
-        return (low, high) if shrink is None else (low * shrink, high * shrink)
+        return low, high
 
-    def quantize(self, weight: torch.Tensor, shrink: torch.Tensor | None = None) -> QuantizedTensor:
-        """Round to nearest on this grid.
+    def nearest(self, weight: torch.Tensor, scales: torch.Tensor, zeros: torch.Tensor) -> torch.Tensor:
+        """Codes, float32 [out, in], of `weight` for the scales and zeros [out, groups]."""
+        return self.join(self.codes(self.split(weight), scales, zeros), weight.shape[1])
 
-        Args:
-            weight: [out, in], floating.
-            shrink: optional [out, groups] factor in (0, 1] applied to each group's range before rounding.
-        """
-        weight = weight.float()
-        groups = self.split(weight)
-        scales, zeros = self.parameters(*self.range(groups, shrink))
+    def tensor(self, codes: torch.Tensor, scales: torch.Tensor, zeros: torch.Tensor) -> QuantizedTensor:
+        """Codes [out, in] and the grid of their groups [out, groups] as one value."""
         return QuantizedTensor(
-            codes=self.codes(groups, scales, zeros).to(torch.uint8).reshape(weight.shape),
-            scales=scales,
-            zeros=zeros.to(torch.uint8),
-            bits=self.bits,
-            group_size=groups.shape[-1],
+            codes.to(torch.uint8), scales, zeros.to(torch.uint8), self.bits, self.size(codes.shape[1])
         )
+
+    def quantize(self, weight: torch.Tensor) -> QuantizedTensor:
+        """Round to nearest on this grid, each group's whole range: weight [out, in], floating."""
+        weight = weight.float()
+        scales, zeros = self.parameters(*self.range(self.split(weight)))
+        return self.tensor(self.nearest(weight, scales, zeros), scales, zeros)

@@ -21,15 +21,21 @@ class LinearReport:
         name: dotted name in the model.
         scale: label of the chosen scale, "identity", or "none" where no fold feeds this linear.
         relative_error_rtn: E‖ΔW x‖² / E‖W x‖² over the calibration tokens for plain rounding; None without calibration.
+        relative_error_scaled: the same for plain rounding after scaling.
+        relative_error_ranged: the same after the range search.
         relative_error: the same for what was stored.
-        clipped_share: share of groups whose range was shrunk.
+        clipped_share: share of groups whose range was made smaller.
+        dead_channels: input channels that were always zero over calibration, left unscaled.
     """
 
     name: str
     scale: str = "none"
     relative_error_rtn: float | None = None
+    relative_error_scaled: float | None = None
+    relative_error_ranged: float | None = None
     relative_error: float | None = None
     clipped_share: float = 0.0
+    dead_channels: int = 0
 
 
 @dataclass(frozen=True)

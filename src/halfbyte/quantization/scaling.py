@@ -2,10 +2,10 @@
 
 For one fold (a producer and the linears that consume its output) find per-channel scales s that minimise
     Σ_linears tr(ΔW · G · ΔWᵀ),   ΔW = Q(W · diag(s)) · diag(s)⁻¹ - W,   G = E[x xᵀ].
-Candidates: identity (always), s = x^r, and with duo scaling s = x^r / w^(1-r), where x = E|x_c| per channel and w is
-the mean of |W| relative to the largest weight of its group (AutoAWQ's definition); r = 0, 1/n_grid, …, 1. Every
-candidate is centred to √(max·min) = 1. Source: Lin et al. 2023 (arXiv 2306.00978), equations 4 and 5; the Gram form is
-ours.
+Candidates: identity (always), s = x^r, and with duo scaling s = x^r / w^(1-r), where x = E|x_c| per channel (or E[x_c²]
+with importance "l2") and w is the mean of |W| relative to the largest weight of its group (AutoAWQ's definition);
+r = 0, 1/n_grid, …, 1. Every candidate is centred to √(max·min) = 1. Source: Lin et al. 2023 (arXiv 2306.00978),
+equations 4 and 5; the Gram form is ours.
 """
 
 from __future__ import annotations
@@ -61,7 +61,8 @@ def search_scales(
         config: `n_grid` and `duo_scaling`.
     """
     rows = torch.cat([_sample_rows(weight) for weight in weights])
-    salience = fold.per_channel(statistics.mean_abs)
+    importance = statistics.gram.diagonal() if config.importance == "l2" else statistics.mean_abs
+    salience = fold.per_channel(importance)
     magnitude = fold.per_channel(_relative_magnitude(weights, grid))
     identity = torch.ones_like(salience)
 

@@ -1,0 +1,154 @@
+"""The stages of a calibrated quantization, for the matrices that share one input: scale → range → round.
+
+Each stage is measured by the same yardstick, E‖ΔW x‖² over the calibration tokens relative to E‖W x‖².
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from halfbyte.architectures.matrices import quantizable_matrices
+from halfbyte.architectures.skeleton import weight_of
+from halfbyte.quantization.clipping import full_range, search_range
+from halfbyte.quantization.config import QuantConfig
+from halfbyte.quantization.folding import Fold
+from halfbyte.quantization.grid import Grid
+from halfbyte.quantization.report import LinearReport
+from halfbyte.quantization.rounding import compensate
+from halfbyte.quantization.scaling import gram_error, search_scales
+from halfbyte.quantization.statistics import InputStatistics
+from halfbyte.tensor import QuantizedTensor
+
+
+@dataclass
+class SharedInput:
+    """Matrices that consume the same rows, on their way through the stages.
+
+    Attributes:
+        names: of those to quantize, inside the block.
+        statistics: of the input as the block was.
+        gram: float32 [in, in] of the input they see now, after scaling.
+        label: of the scale in effect.
+        rtn_errors: relative error of each, rounded to nearest without scaling.
+        broken: channels whose statistics were not finite and were set to zero.
+    """
+
+    names: tuple[str, ...]
+    statistics: InputStatistics
+    gram: torch.Tensor
+    label: str
+    rtn_errors: dict[str, float]
+    broken: int
+
+    @classmethod
+    def measure(
+        cls, block: nn.Module, name: str, shared: tuple[str, ...], statistics: InputStatistics, config: QuantConfig
+    ) -> SharedInput:
+        """Before any fold is applied; statistics that are not finite are made harmless."""
+        quantizable = quantizable_matrices(block)
+        names = tuple(local for local in shared if local in quantizable and not config.skips(f"{name}.{local}"))
+        bad = ~torch.isfinite(statistics.gram.diagonal()) | ~torch.isfinite(statistics.mean_abs)
+        if bad.any():
+            statistics.gram[bad, :] = 0
+            statistics.gram[:, bad] = 0
+            statistics.mean_abs[bad] = 0
+        grid = make_grid(config)
+        errors = {}
+        for local in names:
+            weight = weight_of(block, local)
+            errors[local] = relative_error(grid.fake_quantize(weight), weight, statistics.gram)
+        return cls(names, statistics, statistics.gram, "none", errors, int(bad.sum()))
+
+    def warnings(self, name: str) -> list[str]:
+        """What deserves a second look."""
+        if not self.broken or not self.names:
+            return []
+        return [
+            f"{name}: {self.broken} input channels of {', '.join(self.names)} are not finite over the calibration "
+            f"tokens; they are left unscaled"
+        ]
+
+
+def scale_inputs(
+    block: nn.Module, fold: Fold, fed: Sequence[SharedInput], config: QuantConfig, store_dtype: torch.dtype
+) -> None:
+    """Search the scale of one fold, apply it to the block and to the statistics of every input it feeds.
+
+    A norm before experts feeds several inputs: all tokens go to the router, each expert sees some. The search uses the
+    one with most tokens, which is all of them.
+
+    Args:
+        block: the fold is applied to it in place.
+        fold: proven.
+        fed: every input the fold scales.
+        config: of the search.
+        store_dtype: of the producer on disk, if it is not quantized.
+    """
+    weights = [weight_of(block, local) for shared in fed for local in shared.names]
+    if not weights:
+        return
+    statistics = max((shared.statistics for shared in fed), key=lambda found: found.tokens)
+    if not statistics.tokens:
+        return
+    choice = search_scales(fold, weights, statistics, make_grid(config), config)
+    columns = torch.ones((), device=choice.scales.device)
+    if choice.label != "identity":
+        columns = fold.per_column(fold.apply(block, choice.scales, store_dtype))
+    for shared in fed:
+        shared.gram = shared.gram / columns.unsqueeze(0) / columns.unsqueeze(-1)
+        shared.label = choice.label
+
+
+def round_input(
+    block: nn.Module, name: str, shared: SharedInput, config: QuantConfig
+) -> Iterator[tuple[str, QuantizedTensor, LinearReport]]:
+    """Choose ranges and codes; the block is not changed.
+
+    Yields:
+        Name inside the block, the quantized matrix, and what was measured.
+    """
+    if not shared.names:
+        return
+    grid, gram = make_grid(config), shared.gram
+    weights = [weight_of(block, local) for local in shared.names]
+    together = torch.cat(weights)
+    ranges = search_range(together, gram, grid) if config.clip else full_range(together, grid)
+    nearest = grid.nearest(together, ranges.scales, ranges.zeros)
+    codes = nearest
+    if config.rounding == "compensated":
+        assert config.sweeps is not None
+        codes = compensate(together, gram, ranges, grid, sweeps=config.sweeps)
+    dead = int((gram.diagonal() == 0).sum())
+    start = 0
+    for local, weight in zip(shared.names, weights, strict=True):
+        rows = slice(start, start + weight.shape[0])
+        start = rows.stop
+        parts = ranges.scales[rows], ranges.zeros[rows]
+        tensor = grid.tensor(codes[rows], *parts)
+        ranged = relative_error(grid.tensor(nearest[rows], *parts).dequantize(), weight, gram)
+        report = LinearReport(
+            name=f"{name}.{local}",
+            scale=shared.label,
+            relative_error_rtn=shared.rtn_errors[local],
+            relative_error_scaled=relative_error(grid.fake_quantize(weight), weight, gram),
+            relative_error_ranged=ranged,
+            relative_error=relative_error(tensor.dequantize(), weight, gram) if codes is not nearest else ranged,
+            clipped_share=float(ranges.clipped[rows].float().mean()),
+            dead_channels=dead,
+        )
+        yield local, tensor, report
+
+
+def relative_error(found: torch.Tensor, weight: torch.Tensor, gram: torch.Tensor) -> float:
+    """E‖(Ŵ - W) x‖² / E‖W x‖², Ŵ and W [out, in]; 0 where the input never was anything but zero."""
+    return float(gram_error(found - weight, gram)) / max(float(gram_error(weight, gram)), 1e-30)
+
+
+def make_grid(config: QuantConfig) -> Grid:
+    """The grid a resolved config asks for."""
+    assert isinstance(config.group_size, int)
+    return Grid(config.bits, config.group_size, config.zero_point)
