@@ -181,3 +181,12 @@ def test_what_a_worker_refuses_is_one_line_here(cluster: Any, model: Path, tmp_p
     future = cluster.remote(refuse).remote(None, 1, "cpu").future()
     with pytest.raises(CheckpointError, match="^the worker's own$"):
         workers.result(future)
+
+
+def test_a_method_whose_blocks_depend_on_each_other_is_refused(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(QuantConfig, "propagates", True, raising=False)
+    with pytest.raises(UnsupportedError, match="ray: method awq passes the error of each block on to the next"):
+        halfbyte.quantize(model, tmp_path / "out", QUICK, **SETTINGS, ray="local")
+    assert list(tmp_path.iterdir()) == []
