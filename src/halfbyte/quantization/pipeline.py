@@ -29,7 +29,7 @@ from halfbyte.checkpoints.sources import resolve_model
 from halfbyte.checkpoints.writer import CheckpointWriter
 from halfbyte.device.torch_device import pick_device
 from halfbyte.errors import CheckpointError, ConfigError, HalfbyteError, UnsupportedError
-from halfbyte.formats import gemm, native
+from halfbyte.formats import gemm
 from halfbyte.progress import Ticker, progress_bar
 from halfbyte.quantization.budget import MemoryPlan, parse_bytes, plan_memory
 from halfbyte.quantization.calibration import CalibrationSet, build_calibration_set, read_documents
@@ -91,7 +91,7 @@ def quantize(
             f"so blocks cannot be searched side by side; leave it out, or choose a method that does not"
         )
     journal = Journal(output_dir, overwrite=overwrite, source=job.checkpoint.folder)
-    if job.config.calibrated:
+    if job.config.method != "rtn":
         read_documents(calibration)  # refuse bad text before the tokenizer is loaded
         job.calibration = build_calibration_set(
             load_tokenizer(job.checkpoint.folder),
@@ -126,25 +126,6 @@ def _with_kept_blocks(error: BaseException, journal: Journal, blocks: int) -> Ba
     return type(error)(f"{text}; {kept}" if text else f"stopped by Ctrl-C; {kept}")
 
 
-def _with_format(config: QuantConfig, matrices: Mapping[str, Matrix]) -> tuple[QuantConfig, list[str]]:
-    """The layout on disk: AutoAWQ's wherever it can hold every matrix, since other loaders open it; and why, if not.
-
-    Raises:
-        UnsupportedError: "gemm" was asked for and cannot hold a matrix.
-    """
-    if config.format == "native":
-        return config, []
-    assert isinstance(config.group_size, int)
-    for name, matrix in matrices.items():
-        try:
-            gemm.check(matrix.out_features, matrix.in_features, config.group_size, config.bits, name)
-        except UnsupportedError as error:
-            if config.format == "gemm":
-                raise
-            return replace(config, format="native"), [f"stored in halfbyte's own layout, because {error}"]
-    return replace(config, format="gemm"), []
-
-
 @dataclass
 class _Job:
     """One run: what was opened, and what was decided about it."""
@@ -162,7 +143,6 @@ class _Job:
     progress: bool
     started: float
     names: dict[int | None, list[str]]
-    notes: list[str]
     calibration: CalibrationSet | None = None
     plan: MemoryPlan = field(default_factory=lambda: MemoryPlan(0, False, 0))
     seconds_before: float = 0.0
@@ -185,11 +165,12 @@ class _Job:
             raise ConfigError("modules_to_not_convert: leaves no linear to quantize")
         config = config.resolved(linears)
         assert isinstance(config.group_size, int)
-        config, notes = _with_format(config, matrices)
+        for name, matrix in matrices.items():
+            gemm.check(matrix.out_features, matrix.in_features, config.group_size, config.bits, name)
         names = names_by_block(checkpoint, stored_name, len(blocks))
         return cls(
             model, checkpoint, tensors, skeleton, blocks_name, stored_name, blocks, linears, config, device, progress,
-            started, names, notes,
+            started, names,
         )  # fmt: skip
 
     @property
@@ -383,20 +364,16 @@ class _Job:
             peak_memory_bytes=max(peak_memory(), *(block.peak_memory_bytes for block in blocks)),
             blocks=blocks,
             threads=torch.get_num_threads(),
-            warnings=self.notes + [warning for record in records for warning in record["warnings"]],
+            warnings=[warning for record in records for warning in record["warnings"]],
             versions=versions(),
         )
 
     def _write_documents(self, writer: CheckpointWriter, report: QuantizationReport) -> None:
         """config.json with its `quantization_config`, the manifest, and the tokenizer files."""
         assert isinstance(self.config.group_size, int)
-        group_size, kept = self.config.group_size, self._not_converted()
-        if self.config.format == "gemm":
-            quantization_config = gemm.quantization_config(group_size=group_size, modules_to_not_convert=kept)
-        else:
-            quantization_config = native.quantization_config(
-                bits=self.config.bits, group_size=group_size, modules_to_not_convert=kept
-            )
+        quantization_config = gemm.quantization_config(
+            group_size=self.config.group_size, modules_to_not_convert=self._not_converted()
+        )
         writer.copy_files_from(self.checkpoint.folder)
         writer.add_json("config.json", {**self.checkpoint.config, "quantization_config": quantization_config})
         writer.add_json(MANIFEST_NAME, report.to_manifest())
