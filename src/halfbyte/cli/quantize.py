@@ -14,13 +14,24 @@ from halfbyte.errors import ConfigError
 def command(
     model: Annotated[str, typer.Argument(help="A folder, sample:NAME, or a hub name (organisation/name).")],
     output: Annotated[Path, typer.Option("-o", "--output", help="Folder for the new checkpoint.")],
-    method: Annotated[str, typer.Option(help="awq, or rtn (round to nearest, no calibration).")] = "awq",
-    bits: Annotated[int, typer.Option(help="Bits per weight.")] = 4,
+    method: Annotated[str, typer.Option(help="awq, awq-l2, gptq, best (slowest), or rtn (no calibration).")] = "awq",
+    bits: Annotated[int, typer.Option(help="Bits per weight: 2, 3, 4 or 8.")] = 4,
     group_size: Annotated[
         str, typer.Option(help="Inputs that share a scale: auto, a number, or -1 for whole rows.")
     ] = "auto",
     symmetric: Annotated[bool, typer.Option("--symmetric", help="A symmetric grid, without zero points.")] = False,
-    no_clip: Annotated[bool, typer.Option("--no-clip", help="Skip the clip search.")] = False,
+    no_scale: Annotated[bool, typer.Option("--no-scale", help="Skip the scale search.")] = False,
+    no_clip: Annotated[bool, typer.Option("--no-clip", help="Skip the range search.")] = False,
+    importance: Annotated[
+        str | None, typer.Option(help="Of a channel in the scale search: l1 for E|x|, l2 for E[x²]; else the method's.")
+    ] = None,
+    rounding: Annotated[str | None, typer.Option(help="nearest or compensated; else the method's.")] = None,
+    sweeps: Annotated[
+        int | None, typer.Option(help="Sweeps of coordinate descent after compensated rounding; else the method's.")
+    ] = None,
+    layout: Annotated[
+        str, typer.Option("--format", help="gemm (AutoAWQ's layout), native (holds everything), or auto.")
+    ] = "auto",
     duo_scaling: Annotated[str, typer.Option(help="Candidate scales: both, yes (x/w) or no (x alone).")] = "both",
     n_grid: Annotated[int, typer.Option(help="Steps of the scale search.")] = 20,
     skip: Annotated[
@@ -42,7 +53,7 @@ def command(
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an existing checkpoint.")] = False,
     json: JsonFlag = False,
 ) -> None:
-    """Quantize a model to 4 bits and save it as an AutoAWQ GEMM checkpoint.
+    """Quantize a model; save it as an AutoAWQ GEMM checkpoint, or in halfbyte's own layout where that cannot hold it.
 
     Example: halfbyte quantize sample:smollm2-135m -o smollm2-4bit --group-size 64
     """
@@ -55,7 +66,12 @@ def command(
         zero_point=not symmetric,
         n_grid=n_grid,
         duo_scaling=_parse_duo_scaling(duo_scaling),
-        clip=not no_clip,
+        scale=False if no_scale else None,
+        importance=_choice("--importance", importance, ("l1", "l2")),
+        clip=False if no_clip else None,
+        rounding=_choice("--rounding", rounding, ("nearest", "compensated")),
+        sweeps=sweeps,
+        format=_choice("--format", layout, ("auto", "gemm", "native")),
         modules_to_not_convert=tuple(skip or ()),
     )
     from halfbyte.quantization.pipeline import quantize
@@ -88,6 +104,12 @@ def _parse_group_size(text: str) -> Any:
         raise ConfigError(f"--group-size {text}: expected auto, a number, or -1 for whole rows") from None
 
 
+def _choice(flag: str, text: str | None, choices: tuple[str, ...]) -> Any:
+    if text is not None and text not in choices:
+        raise ConfigError(f"{flag} {text}: expected one of {', '.join(choices)}")
+    return text
+
+
 def _parse_duo_scaling(text: str) -> Any:
     try:
         return {"both": "both", "yes": True, "no": False}[text]
@@ -100,13 +122,13 @@ def _print_report(report: Any) -> None:
     for linear in report.linears:
         grouped.setdefault(linear.name.rpartition(".")[2], []).append(linear)
     if report.calibration:
+        stages = ("relative_error_rtn", "relative_error_scaled", "relative_error_ranged", "relative_error")
         rows = []
         for name, linears in grouped.items():
-            before = sum(linear.relative_error_rtn for linear in linears) / len(linears)
-            after = sum(linear.relative_error for linear in linears) / len(linears)
+            errors = [sum(getattr(linear, stage) for linear in linears) / len(linears) for stage in stages]
             clipped = sum(linear.clipped_share for linear in linears) / len(linears)
-            rows.append((name, len(linears), f"{before:.3%}", f"{after:.3%}", f"{clipped:.0%}"))
-        columns = ("linear", "count", "error, rounded to nearest", "error now", "groups clipped")
+            rows.append((name, len(linears), *(f"{error:.3%}" for error in errors), f"{clipped:.0%}"))
+        columns = ("linear", "count", "to nearest", "scaled", "range found", "stored", "groups clipped")
         print_table(columns, rows, "Mean squared error of the outputs over calibration, relative to their energy")
         used = report.calibration
         print(f"calibration   {used['source']}: {used['blocks']} blocks, {used['tokens']:,} tokens")

@@ -2,18 +2,23 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 from torch import nn
 
-from halfbyte.architectures.matrices import experts_in_one_tensor
+from halfbyte.architectures.matrices import Matrix, experts_in_one_tensor
 from halfbyte.architectures.stored import stored_values
 from halfbyte.checkpoints.reader import Checkpoint
-from halfbyte.formats import gemm
+from halfbyte.errors import UnsupportedError
+from halfbyte.formats import gemm, native
 from halfbyte.quantization.block import BlockResult
+from halfbyte.quantization.config import QuantConfig
 from halfbyte.tensor import QuantizedTensor
+
+PACK = {"gemm": gemm.pack, "native": native.pack}
 
 
 @dataclass
@@ -21,12 +26,14 @@ class PackedBlock:
     """What a block puts into the new checkpoint.
 
     Attributes:
+        format: of its quantized matrices, "gemm" or "native".
         tensors: by their names there.
         bytes_before: of the same block in the old checkpoint.
         bytes_after: of `tensors`.
         parameters: weights that are now codes.
     """
 
+    format: str
     tensors: dict[str, torch.Tensor] = field(default_factory=dict)
     bytes_before: int = 0
     bytes_after: int = 0
@@ -39,7 +46,7 @@ class PackedBlock:
 
     def add_quantized(self, name: str, quantized: QuantizedTensor) -> None:
         """Take the parts of a quantized matrix."""
-        for key, tensor in gemm.pack(quantized, name).items():
+        for key, tensor in PACK[self.format](quantized, name).items():
             self.add(f"{name}.{key}", tensor)
         self.parameters += quantized.codes.numel()
 
@@ -50,6 +57,25 @@ class PackedBlock:
             "bytes_after": self.bytes_after,
             "parameters": self.parameters,
         }
+
+
+def choose_format(config: QuantConfig, matrices: Mapping[str, Matrix]) -> tuple[QuantConfig, list[str]]:
+    """The layout on disk: AutoAWQ's wherever it can hold every matrix, since other loaders open it; and why, if not.
+
+    Raises:
+        UnsupportedError: "gemm" was asked for and cannot hold a matrix.
+    """
+    if config.format == "native":
+        return config, []
+    assert isinstance(config.group_size, int)
+    for name, matrix in matrices.items():
+        try:
+            gemm.check(matrix.out_features, matrix.in_features, config.group_size, config.bits, name)
+        except UnsupportedError as error:
+            if config.format == "gemm":
+                raise
+            return replace(config, format="native"), [f"stored in halfbyte's own layout, because {error}"]
+    return replace(config, format="gemm"), []
 
 
 def names_by_block(checkpoint: Checkpoint, blocks_name: str, blocks: int) -> dict[int | None, list[str]]:
@@ -63,7 +89,7 @@ def names_by_block(checkpoint: Checkpoint, blocks_name: str, blocks: int) -> dic
 
 
 def pack_block(
-    block: nn.Module, name: str, names: list[str], result: BlockResult, checkpoint: Checkpoint
+    block: nn.Module, name: str, names: list[str], result: BlockResult, checkpoint: Checkpoint, layout: str
 ) -> PackedBlock:
     """Packed linears in place of their weights; everything else as it is now, in its dtype on disk.
 
@@ -73,8 +99,9 @@ def pack_block(
         names: of its tensors on disk.
         result: the quantized linears.
         checkpoint: for dtypes on disk, and for what the block has no parameter for.
+        layout: of the quantized linears, "gemm" or "native".
     """
-    packed = PackedBlock()
+    packed = PackedBlock(layout)
     values, experts = stored_values(block), experts_in_one_tensor(block)
     for full in names:
         local = full.removeprefix(name + ".")
@@ -89,13 +116,11 @@ def pack_block(
                     weight = matrix.view(block).to(checkpoint.info(full).dtype).contiguous()
                     packed.add(f"{name}.{matrix.name}.weight", weight)
             continue
-        if module in result.tensors:
-            if leaf == "weight":
-                packed.add_quantized(f"{name}.{module}", result.tensors[module])
-                continue
-            dtype = torch.float16  # the layout's own dtype for biases
-        else:
-            dtype = checkpoint.info(full).dtype
+        if module in result.tensors and leaf == "weight":
+            packed.add_quantized(f"{name}.{module}", result.tensors[module])
+            continue
+        # A quantized linear's bias is fp16 in the GEMM layout, whatever the model's dtype.
+        dtype = torch.float16 if layout == "gemm" and module in result.tensors else checkpoint.info(full).dtype
         value = values[local] if local in values else checkpoint.read(full)
         packed.add(full, value.to(dtype).contiguous())
     return packed

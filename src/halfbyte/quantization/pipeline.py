@@ -29,7 +29,7 @@ from halfbyte.checkpoints.sources import resolve_model
 from halfbyte.checkpoints.writer import CheckpointWriter
 from halfbyte.device.torch_device import pick_device
 from halfbyte.errors import CheckpointError, ConfigError, HalfbyteError, UnsupportedError
-from halfbyte.formats import gemm
+from halfbyte.formats import gemm, native
 from halfbyte.progress import Ticker, progress_bar
 from halfbyte.quantization.budget import MemoryPlan, parse_bytes, plan_memory
 from halfbyte.quantization.calibration import CalibrationSet, build_calibration_set, read_documents
@@ -37,7 +37,7 @@ from halfbyte.quantization.capture import capture_block_inputs, kept_names, quan
 from halfbyte.quantization.config import QuantConfig
 from halfbyte.quantization.distributed import Workers, workers
 from halfbyte.quantization.identity import describe_run, versions
-from halfbyte.quantization.packing import names_by_block
+from halfbyte.quantization.packing import choose_format, names_by_block
 from halfbyte.quantization.report import MANIFEST_NAME, BlockReport, LinearReport, QuantizationReport
 from halfbyte.quantization.states import States, is_saved
 from halfbyte.quantization.task import BlockOutcome, BlockTask, advance, peak_memory
@@ -91,7 +91,7 @@ def quantize(
             f"so blocks cannot be searched side by side; leave it out, or choose a method that does not"
         )
     journal = Journal(output_dir, overwrite=overwrite, source=job.checkpoint.folder)
-    if job.config.method != "rtn":
+    if job.config.calibrated:
         read_documents(calibration)  # refuse bad text before the tokenizer is loaded
         job.calibration = build_calibration_set(
             load_tokenizer(job.checkpoint.folder),
@@ -143,6 +143,7 @@ class _Job:
     progress: bool
     started: float
     names: dict[int | None, list[str]]
+    notes: list[str]
     calibration: CalibrationSet | None = None
     plan: MemoryPlan = field(default_factory=lambda: MemoryPlan(0, False, 0))
     seconds_before: float = 0.0
@@ -165,12 +166,11 @@ class _Job:
             raise ConfigError("modules_to_not_convert: leaves no linear to quantize")
         config = config.resolved(linears)
         assert isinstance(config.group_size, int)
-        for name, matrix in matrices.items():
-            gemm.check(matrix.out_features, matrix.in_features, config.group_size, config.bits, name)
+        config, notes = choose_format(config, matrices)
         names = names_by_block(checkpoint, stored_name, len(blocks))
         return cls(
             model, checkpoint, tensors, skeleton, blocks_name, stored_name, blocks, linears, config, device, progress,
-            started, names,
+            started, names, notes,
         )  # fmt: skip
 
     @property
@@ -364,16 +364,20 @@ class _Job:
             peak_memory_bytes=max(peak_memory(), *(block.peak_memory_bytes for block in blocks)),
             blocks=blocks,
             threads=torch.get_num_threads(),
-            warnings=[warning for record in records for warning in record["warnings"]],
+            warnings=self.notes + [warning for record in records for warning in record["warnings"]],
             versions=versions(),
         )
 
     def _write_documents(self, writer: CheckpointWriter, report: QuantizationReport) -> None:
         """config.json with its `quantization_config`, the manifest, and the tokenizer files."""
         assert isinstance(self.config.group_size, int)
-        quantization_config = gemm.quantization_config(
-            group_size=self.config.group_size, modules_to_not_convert=self._not_converted()
-        )
+        group_size, kept = self.config.group_size, self._not_converted()
+        if self.config.format == "gemm":
+            quantization_config = gemm.quantization_config(group_size=group_size, modules_to_not_convert=kept)
+        else:
+            quantization_config = native.quantization_config(
+                bits=self.config.bits, group_size=group_size, modules_to_not_convert=kept
+            )
         writer.copy_files_from(self.checkpoint.folder)
         writer.add_json("config.json", {**self.checkpoint.config, "quantization_config": quantization_config})
         writer.add_json(MANIFEST_NAME, report.to_manifest())

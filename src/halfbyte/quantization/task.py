@@ -62,7 +62,7 @@ class BlockTask:
             )
         else:
             result = round_block(self.block, self.name, self.config)
-        packed = pack_block(self.block, self.name, self.names, result, self.checkpoint)
+        packed = pack_block(self.block, self.name, self.names, result, self.checkpoint, self.config.format)
         document = {
             **packed.counts(),
             "linears": [asdict(linear) for linear in result.reports],
