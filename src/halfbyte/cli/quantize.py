@@ -29,6 +29,9 @@ def command(
     sweeps: Annotated[
         int | None, typer.Option(help="Sweeps of coordinate descent after compensated rounding; else the method's.")
     ] = None,
+    keep_ratio: Annotated[
+        float, typer.Option(help="Share of the input channels, the most salient, that stays in 16 bit.")
+    ] = 0.0,
     layout: Annotated[
         str, typer.Option("--format", help="gemm (AutoAWQ's layout), native (holds everything), or auto.")
     ] = "auto",
@@ -71,6 +74,7 @@ def command(
         clip=False if no_clip else None,
         rounding=_choice("--rounding", rounding, ("nearest", "compensated")),
         sweeps=sweeps,
+        keep_ratio=keep_ratio,
         format=_choice("--format", layout, ("auto", "gemm", "native")),
         modules_to_not_convert=tuple(skip or ()),
     )

@@ -19,7 +19,7 @@ from halfbyte.quantization.capture import Batch
 from halfbyte.quantization.config import QuantConfig
 from halfbyte.quantization.discovery import Discovery, discover_folds
 from halfbyte.quantization.report import LinearReport
-from halfbyte.quantization.stages import SharedInput, make_grid, round_input, scale_inputs
+from halfbyte.quantization.stages import SharedInput, choose_codes, make_grid, round_input, scale_inputs
 from halfbyte.quantization.statistics import InputStatistics, StatisticsCollector
 from halfbyte.tensor import QuantizedTensor
 
@@ -38,7 +38,8 @@ def round_block(block: nn.Module, name: str, config: QuantConfig) -> BlockResult
     result = BlockResult()
     for local in quantizable_matrices(block):
         if not config.skips(f"{name}.{local}"):
-            result.tensors[local] = make_grid(config).quantize(weight_of(block, local))
+            grid, weight = make_grid(config), weight_of(block, local)
+            result.tensors[local], _ = choose_codes(weight, None, grid, config).tensors(slice(None), weight, grid)
             result.reports.append(LinearReport(f"{name}.{local}"))
     return result
 

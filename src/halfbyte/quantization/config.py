@@ -46,6 +46,7 @@ class QuantConfig:
         clip: search a range for each group.
         rounding: "nearest" or "compensated".
         sweeps: of coordinate descent after compensated rounding.
+        keep_ratio: share of the input channels, the most salient ones, that stays in 16 bit; 0 for none.
         format: layout on disk: "gemm" (AutoAWQ's), "native" (holds everything), or "auto": gemm wherever it can.
         modules_to_not_convert: parts of module names that stay in 16 bit, e.g. "self_attn.v_proj".
 
@@ -64,6 +65,7 @@ class QuantConfig:
     clip: bool | None = None
     rounding: Literal["nearest", "compensated"] | None = None
     sweeps: int | None = None
+    keep_ratio: float = 0.0
     format: Literal["auto", "gemm", "native"] = "auto"
     modules_to_not_convert: tuple[str, ...] = ()
 
@@ -91,6 +93,10 @@ class QuantConfig:
             raise ConfigError(f"sweeps: expected 0 to 100, got {self.sweeps!r}")
         if self.sweeps and self.rounding == "nearest":
             raise ConfigError('sweeps: coordinate descent follows compensated rounding; add rounding="compensated"')
+        if not isinstance(self.keep_ratio, int | float) or not 0 <= self.keep_ratio < 1:
+            raise ConfigError(f"keep_ratio: expected a share from 0 to below 1, got {self.keep_ratio!r}")
+        if self.keep_ratio and self.format == "gemm":
+            raise ConfigError('keep_ratio: the AWQ GEMM layout keeps no channels in 16 bit; use format="native"')
         if self.bits != 4 and self.format == "gemm":
             raise ConfigError(f'bits: the AWQ GEMM layout holds 4-bit codes only, got {self.bits}; use format="native"')
         object.__setattr__(self, "modules_to_not_convert", tuple(self.modules_to_not_convert))

@@ -67,6 +67,10 @@ def choose_format(config: QuantConfig, matrices: Mapping[str, Matrix]) -> tuple[
     """
     if config.format == "native":
         return config, []
+    if config.keep_ratio:
+        return replace(config, format="native"), [
+            "stored in halfbyte's own layout, because it keeps channels in 16 bit"
+        ]
     assert isinstance(config.group_size, int)
     for name, matrix in matrices.items():
         try:

@@ -13,10 +13,11 @@ from torch import nn
 
 from halfbyte.architectures.matrices import quantizable_matrices
 from halfbyte.architectures.skeleton import weight_of
-from halfbyte.quantization.clipping import full_range, search_range
+from halfbyte.quantization.clipping import GroupRanges, full_range, search_range
 from halfbyte.quantization.config import QuantConfig
 from halfbyte.quantization.folding import Fold
 from halfbyte.quantization.grid import Grid
+from halfbyte.quantization.keeping import Kept, absorb, keep_columns
 from halfbyte.quantization.report import LinearReport
 from halfbyte.quantization.rounding import compensate
 from halfbyte.quantization.scaling import gram_error, search_scales
@@ -115,32 +116,68 @@ def round_input(
         return
     grid, gram = make_grid(config), shared.gram
     weights = [weight_of(block, local) for local in shared.names]
-    together = torch.cat(weights)
-    ranges = search_range(together, gram, grid) if config.clip else full_range(together, grid)
-    nearest = grid.nearest(together, ranges.scales, ranges.zeros)
-    codes = nearest
-    if config.rounding == "compensated":
-        assert config.sweeps is not None
-        codes = compensate(together, gram, ranges, grid, sweeps=config.sweeps)
+    rounded = choose_codes(torch.cat(weights), gram, grid, config)
     dead = int((gram.diagonal() == 0).sum())
     start = 0
     for local, weight in zip(shared.names, weights, strict=True):
         rows = slice(start, start + weight.shape[0])
         start = rows.stop
-        parts = ranges.scales[rows], ranges.zeros[rows]
-        tensor = grid.tensor(codes[rows], *parts)
-        ranged = relative_error(grid.tensor(nearest[rows], *parts).dequantize(), weight, gram)
+        tensor, nearest = rounded.tensors(rows, weight, grid)
         report = LinearReport(
             name=f"{name}.{local}",
             scale=shared.label,
             relative_error_rtn=shared.rtn_errors[local],
             relative_error_scaled=relative_error(grid.fake_quantize(weight), weight, gram),
-            relative_error_ranged=ranged,
-            relative_error=relative_error(tensor.dequantize(), weight, gram) if codes is not nearest else ranged,
-            clipped_share=float(ranges.clipped[rows].float().mean()),
+            relative_error_ranged=relative_error(nearest.dequantize(), weight, gram),
+            relative_error=relative_error(tensor.dequantize(), weight, gram),
+            clipped_share=float(rounded.ranges.clipped[rows].float().mean()),
             dead_channels=dead,
         )
         yield local, tensor, report
+
+
+@dataclass(frozen=True)
+class RoundedRows:
+    """What was chosen for the rows of all matrices that share an input.
+
+    Attributes:
+        ranges: the grid of each group.
+        nearest: float32 [rows, in], codes rounded to nearest on it.
+        codes: float32 [rows, in], the codes to store.
+        kept: columns that stay in 16 bit, or None.
+    """
+
+    ranges: GroupRanges
+    nearest: torch.Tensor
+    codes: torch.Tensor
+    kept: Kept | None
+
+    def tensors(self, rows: slice, weight: torch.Tensor, grid: Grid) -> tuple[QuantizedTensor, QuantizedTensor]:
+        """Some rows as stored and as rounding to nearest would have them; `weight` [rows, in] is the original."""
+        pair = [
+            grid.tensor(codes[rows], self.ranges.scales[rows], self.ranges.zeros[rows])
+            for codes in (self.codes, self.nearest)
+        ]
+        if self.kept is not None:
+            pair = [self.kept.put_into(tensor, weight) for tensor in pair]
+        return pair[0], pair[1]
+
+
+def choose_codes(weight: torch.Tensor, gram: torch.Tensor | None, grid: Grid, config: QuantConfig) -> RoundedRows:
+    """Kept columns, ranges and codes of a weight float32 [rows, in]; `gram` [in, in] or None without calibration."""
+    kept = keep_columns(weight, gram, grid, config.keep_ratio) if config.keep_ratio else None
+    if kept is not None:
+        weight = kept.removed_from(weight)
+        if gram is not None and config.rounding == "compensated":
+            kept, gram = absorb(kept, gram)
+    ranges = full_range(weight, grid) if gram is None or not config.clip else search_range(weight, gram, grid)
+    nearest = grid.nearest(weight, ranges.scales, ranges.zeros)
+    codes = nearest
+    if config.rounding == "compensated":
+        assert gram is not None
+        assert config.sweeps is not None
+        codes = compensate(weight, gram, ranges, grid, sweeps=config.sweeps)
+    return RoundedRows(ranges, nearest, codes, kept)
 
 
 def relative_error(found: torch.Tensor, weight: torch.Tensor, gram: torch.Tensor) -> float:
