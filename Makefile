@@ -48,7 +48,7 @@ lint: $(VENV)/.dev
 
 DATA ?= ../shared/data
 bench: $(VENV)/.halfbyte
-	$(BIN)/python benchmarks/quality.py --data $(DATA)
+	$(BIN)/python benchmarks/ablation.py --data $(DATA)
 	$(BIN)/python benchmarks/decode.py
 	$(BIN)/python benchmarks/kernels.py
 

@@ -1,10 +1,13 @@
-"""Perplexity and cost of each way to make the sample model 4-bit.
+"""What each stage buys: perplexity and cost of every way to quantize the sample model, one stage on or off at a time.
 
-    python benchmarks/quality.py --data ../shared/data
+    python benchmarks/ablation.py --data ../shared/data
+    python benchmarks/ablation.py --data ../shared/data --only rtn awq best
 
 DATA holds wikitext2_raw_test.txt and c4_calibration_sample.txt. Every variant is quantized on 32 × 512 tokens of C4,
 saved, loaded back and scored on the first 12 windows of 1,024 tokens of the WikiText-2 test text, each window alone.
 Prints a table, then one JSON document on the last line.
+
+(*) The sample's weights come from a file with blocks of 32, so groups of 32 fit them better than another model's.
 """
 
 from __future__ import annotations
@@ -22,12 +25,30 @@ from halfbyte.device.cpu import cpu_info
 from halfbyte.evaluation.perplexity import measure_perplexity
 
 VARIANTS = {
-    "rtn": QuantConfig(method="rtn", group_size=64),
-    "rtn, symmetric": QuantConfig(method="rtn", group_size=64, zero_point=False),
-    "awq without clip": QuantConfig(group_size=64, clip=False),
-    "awq": QuantConfig(group_size=64),
-    "awq, symmetric": QuantConfig(group_size=64, zero_point=False),
+    "rtn": QuantConfig("rtn", group_size=64),
+    "rtn, symmetric": QuantConfig("rtn", group_size=64, zero_point=False),
+    "rtn + range": QuantConfig("rtn", group_size=64, clip=True),
+    "awq without range": QuantConfig("awq", group_size=64, clip=False),
+    "awq": QuantConfig("awq", group_size=64),
+    "awq, x alone": QuantConfig("awq", group_size=64, duo_scaling=False),
+    "awq, symmetric": QuantConfig("awq", group_size=64, zero_point=False),
+    "awq-l2": QuantConfig("awq-l2", group_size=64),
+    "awq-l2, x alone": QuantConfig("awq-l2", group_size=64, duo_scaling=False),
+    "awq, whole rows": QuantConfig("awq", group_size=-1),
+    "awq, groups of 32 (*)": QuantConfig("awq", group_size=32),
+    "gptq": QuantConfig("gptq", group_size=64),
+    "gptq + range": QuantConfig("gptq", group_size=64, clip=True),
+    "best without scaling": QuantConfig("best", group_size=64, scale=False),
+    "best without range": QuantConfig("best", group_size=64, clip=False),
+    "best without descent": QuantConfig("best", group_size=64, sweeps=0),
+    "best": QuantConfig("best", group_size=64),
+    "best, symmetric": QuantConfig("best", group_size=64, zero_point=False),
+    "best, whole rows": QuantConfig("best", group_size=-1),
+    "best, 1 % of channels in 16 bit": QuantConfig("best", group_size=64, keep_ratio=0.01),
+    "best, 3 bits": QuantConfig("best", group_size=64, bits=3),
+    "rtn, 3 bits": QuantConfig("rtn", group_size=64, bits=3),
 }
+ORIGINALS = ("original, bf16 arithmetic", "original, fp32 arithmetic")
 
 
 def main() -> None:
@@ -36,7 +57,7 @@ def main() -> None:
     parser.add_argument("--data", type=Path, required=True)
     parser.add_argument("--model", default="sample:smollm2-135m")
     parser.add_argument("--windows", type=int, default=12)
-    parser.add_argument("--skip-bf16", action="store_true", help="leave out the slow bf16 arithmetic of the original")
+    parser.add_argument("--only", nargs="+", choices=(*ORIGINALS, *VARIANTS), default=(*ORIGINALS, *VARIANTS))
     options = parser.parse_args()
     text = (options.data / "wikitext2_raw_test.txt").read_text(encoding="utf-8")
 
@@ -44,17 +65,18 @@ def main() -> None:
         return measure_perplexity(model, text, max_windows=options.windows).perplexity
 
     results: list[dict[str, Any]] = []
-    original = halfbyte.load(options.model)
-    if not options.skip_bf16:
-        results.append({"variant": "original, bf16 arithmetic", "perplexity": score(original)})
-    original.network.float()
-    results.append({"variant": "original, fp32 arithmetic", "perplexity": score(original)})
-    for name, config in VARIANTS.items():
+    for name in ORIGINALS:
+        if name in options.only:
+            original = halfbyte.load(options.model)
+            if "fp32" in name:
+                original.network.float()
+            results.append({"variant": name, "perplexity": score(original)})
+    for name in [name for name in VARIANTS if name in options.only]:
         with tempfile.TemporaryDirectory() as folder:
             report = halfbyte.quantize(
                 options.model,
                 Path(folder) / "out",
-                config,
+                VARIANTS[name],
                 calibration=options.data / "c4_calibration_sample.txt",
                 max_calib_samples=32,
             )
@@ -79,7 +101,7 @@ def main() -> None:
         for result in results
     ]  # fmt: skip
     print_table(("variant", "perplexity", "blocks / bf16", "checkpoint / bf16", "time to quantize"), rows)
-    print(json.dumps({"benchmark": "quality", "machine": vars(cpu_info()), "results": results}))
+    print(json.dumps({"benchmark": "ablation", "machine": vars(cpu_info()), "results": results}))
 
 
 if __name__ == "__main__":
