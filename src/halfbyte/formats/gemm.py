@@ -29,6 +29,8 @@ from halfbyte.tensor import QuantizedTensor
 
 ORDER = (0, 2, 4, 6, 1, 3, 5, 7)
 BITS = 4
+# All a linear may have; it is quantized if it has the first.
+KEYS = ("qweight", "qzeros", "scales", "bias")
 
 
 @dataclass(frozen=True)

@@ -15,7 +15,7 @@ from halfbyte.architectures.stored import ModelTensors
 from halfbyte.checkpoints.reader import Checkpoint
 from halfbyte.device.torch_device import pick_device
 from halfbyte.errors import CheckpointError
-from halfbyte.formats import gemm
+from halfbyte.formats.layouts import Layout, read_layout
 from halfbyte.runtime.compute_dtype import prepare_for_cpu
 from halfbyte.runtime.experts import ExpertCollector
 from halfbyte.runtime.quant_linear import QuantLinear
@@ -39,7 +39,7 @@ class LoadedNetwork:
 
 
 def load_network(folder: Path, *, device: str = "auto", backend: str = "auto") -> LoadedNetwork:
-    """Open a model folder, quantized (AutoAWQ GEMM) or not.
+    """Open a model folder, quantized (AutoAWQ GEMM or halfbyte's own layout) or not.
 
     Args:
         folder: a Hugging Face folder.
@@ -52,12 +52,13 @@ def load_network(folder: Path, *, device: str = "auto", backend: str = "auto") -
     """
     checkpoint = Checkpoint.open(folder)
     target = pick_device(device)
-    layout = gemm.read_quantization_config(checkpoint.config)
-    network = build_skeleton(str(folder), _stored_dtype(checkpoint))
+    layout = read_layout(checkpoint.config)
+    linears = [] if layout is None else _quantized_linears(checkpoint, layout)
+    network = build_skeleton(str(folder), _stored_dtype(checkpoint, linears))
     tensors = ModelTensors(network, checkpoint, checkpoint.names())
     kernels: Counter[str] = Counter()
     if layout is not None:
-        kernels = _place_quantized(network, checkpoint, tensors, layout, backend, target)
+        kernels = _place_quantized(network, checkpoint, tensors, layout, linears, backend, target)
     fill(network, "", tensors)
     network.tie_weights()
     network.to(target)
@@ -70,24 +71,24 @@ def _place_quantized(
     network: Any,
     checkpoint: Checkpoint,
     tensors: ModelTensors,
-    layout: gemm.GemmConfig,
+    layout: Layout,
+    linears: list[str],
     backend: str,
     device: torch.device,
 ) -> Counter[str]:
     """Swap in a `QuantLinear` wherever the file holds packed codes."""
     kernels: Counter[str] = Counter()
     experts = ExpertCollector()
-    for name in [n.removesuffix(".qweight") for n in checkpoint.names() if n.endswith(".qweight")]:
+    for name in linears:
         stored = tensors.locate(f"{name}.weight")
         if stored is None:
-            raise CheckpointError(f"tensor {name}.qweight: the model in config.json has no module {name}")
+            raise CheckpointError(f"tensor {name}.{layout.marker}: the model in config.json has no module {name}")
         out_features, in_features = matrix_shape(network, stored)
-        keys = ("qweight", "qzeros", "scales", "bias")
-        packed = {key: checkpoint.read(f"{name}.{key}") for key in keys if f"{name}.{key}" in checkpoint}
-        tensor = gemm.unpack(packed, group_size=layout.group_size, name=name)
+        packed = {key: checkpoint.read(f"{name}.{key}") for key in layout.keys if f"{name}.{key}" in checkpoint}
+        tensor = layout.unpack(packed, name)
         if (tensor.out_features, tensor.in_features) != (out_features, in_features):
             raise CheckpointError(
-                f"tensor {name}.qweight: expected a [{out_features}, {in_features}] linear from "
+                f"tensor {name}.{layout.marker}: expected a [{out_features}, {in_features}] linear from "
                 f"config.json, found [{tensor.out_features}, {tensor.in_features}]"
             )
         module = QuantLinear.from_quantized(tensor, backend=backend, device=device)
@@ -102,11 +103,17 @@ def _place_quantized(
     return kernels
 
 
-def _stored_dtype(checkpoint: Checkpoint) -> torch.dtype:
-    """The floating dtype most bytes outside the packed tensors are stored in."""
+def _quantized_linears(checkpoint: Checkpoint, layout: Layout) -> list[str]:
+    marker = f".{layout.marker}"
+    return [name.removesuffix(marker) for name in checkpoint.names() if name.endswith(marker)]
+
+
+def _stored_dtype(checkpoint: Checkpoint, quantized: list[str]) -> torch.dtype:
+    """The floating dtype most bytes outside the quantized linears are stored in."""
+    packed = set(quantized)
     sizes: Counter[torch.dtype] = Counter()
     for name in checkpoint.names():
         info = checkpoint.info(name)
-        if info.dtype.is_floating_point and not name.endswith(".scales"):
+        if info.dtype.is_floating_point and name.rpartition(".")[0] not in packed:
             sizes[info.dtype] += info.nbytes
     return sizes.most_common(1)[0][0] if sizes else torch.float32
