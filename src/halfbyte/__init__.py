@@ -27,7 +27,7 @@ _HOMES = {
     "QuantizedTensor": "halfbyte.tensor",
     "load": "halfbyte.generation.model",
     "perplexity": "halfbyte.evaluation.perplexity",
-    "quantize": "halfbyte.quantization.pipeline",
+    "quantize": "halfbyte.generation.self_calibration",
 }
 
 __all__ = [

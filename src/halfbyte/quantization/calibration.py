@@ -8,20 +8,44 @@ from __future__ import annotations
 
 import hashlib
 import random
-from collections.abc import Sequence
+import re
+from collections.abc import Iterator
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
 
 from halfbyte.errors import CalibrationError
+from halfbyte.quantization.calibration_chat import chat_tokens
+from halfbyte.quantization.calibration_sources import (
+    Calibration,
+    Document,
+    Documents,
+    builtin_documents,
+    read_documents,
+)
+
+__all__ = [
+    "MIN_BLOCK_TOKENS",
+    "Calibration",
+    "CalibrationSet",
+    "Documents",
+    "build_calibration_set",
+    "builtin_documents",
+    "read_documents",
+    "split_text",
+]
 
 # A block shorter than this tells less about activations than its padding-free forward pass costs.
 MIN_BLOCK_TOKENS = 16
-HELD_OUT_EVERY = 5
-# Shorter runs of text (a heading, "Changed in version 3.8") recur without meaning that the prose does.
-PARAGRAPH_CHARACTERS = 80
+# Tokenizers may take quadratic time or crash on one giant line, so longer texts reach them in pieces.
+PIECE_CHARACTERS = 100_000
+# Tokenizing this takes seconds. Of more text a part is chosen, in which every wanted token has 32 characters.
+TOKENIZED_CHARACTERS = 8_000_000
+CHARACTERS_PER_TOKEN = 32
+# Before " word", or after a line's end and before a word: places where no usual tokenizer joins the two sides.
+CUT = re.compile(r"(?<=\S)(?= [^\W\d_])|(?<=\S\n)(?=[^\W\d_])")
+CUT_WITHIN = 2_000
 
 
 @dataclass(frozen=True)
@@ -30,11 +54,16 @@ class CalibrationSet:
 
     Attributes:
         blocks: int64 [tokens] each, at most `max_calib_seq_len` long, in the order they are used.
-        source: what the text was: "builtin", a file name, or "list of N strings".
+        source: what the text was: "builtin", a file or data set, "list of N strings", "self".
+        masks: bool [tokens] for each block: whether the activations of a token count in the statistics (all tokens
+            run through the model). None when all count.
+        skipped: documents of which nothing is long enough for a block.
     """
 
     blocks: tuple[torch.Tensor, ...]
     source: str
+    masks: tuple[torch.Tensor, ...] | None = None
+    skipped: int = 0
 
     @property
     def tokens(self) -> int:
@@ -42,85 +71,36 @@ class CalibrationSet:
         return sum(len(block) for block in self.blocks)
 
     @property
+    def counted(self) -> int:
+        """Tokens whose activations count."""
+        return self.tokens if self.masks is None else sum(int(mask.sum()) for mask in self.masks)
+
+    @property
     def sha256(self) -> str:
-        """Hash of the token ids and block boundaries: equal hashes mean equal calibration."""
+        """Hash of the token ids, block boundaries and masks: equal hashes mean equal calibration."""
         digest = hashlib.sha256()
         for block in self.blocks:
             digest.update(len(block).to_bytes(8, "little"))
             digest.update(block.numpy().tobytes())
+        for mask in self.masks or ():
+            digest.update(mask.numpy().tobytes())
         return digest.hexdigest()
 
     def describe(self) -> dict[str, Any]:
         """What the manifest records of it."""
-        return {"source": self.source, "blocks": len(self.blocks), "tokens": self.tokens, "sha256": self.sha256}
-
-
-def builtin_documents(split: str = "calibration") -> list[str]:
-    """Prose that ships with Python itself: the language reference, one topic a document.
-
-    Args:
-        split: "calibration", or "heldout" for about a fifth that shares no paragraph with it.
-    """
-    from pydoc_data.topics import topics
-
-    families = _families([topics[name] for name in sorted(topics)])
-    held_out = split == "heldout"
-    return [
-        document
-        for index, family in enumerate(sorted(families, key=len))
-        for document in family
-        if (index % HELD_OUT_EVERY == 0) == held_out
-    ]
-
-
-def _families(documents: Sequence[str]) -> list[list[str]]:
-    """Documents that share a paragraph stand together: pydoc prints the same section under several topics."""
-    families: list[tuple[list[str], set[str]]] = []
-    for document in dict.fromkeys(documents):
-        paragraphs = {text for part in document.split("\n\n") if len(text := part.strip()) >= PARAGRAPH_CHARACTERS}
-        related = [family for family in families if family[1] & paragraphs]
-        families = [family for family in families if not family[1] & paragraphs]
-        members = [member for family in related for member in family[0]] + [document]
-        families.append((members, paragraphs.union(*(family[1] for family in related))))
-    return [members for members, _ in families]
-
-
-def read_documents(calibration: str | Path | Sequence[str]) -> tuple[list[str], str]:
-    """The documents and a name for them.
-
-    Args:
-        calibration: "builtin", the path of a UTF-8 text file (one document), or a sequence of strings.
-
-    Raises:
-        CalibrationError: no such file, not text, or nothing but white space.
-    """
-    if isinstance(calibration, (str, Path)):
-        if str(calibration) == "builtin":
-            return builtin_documents(), "builtin"
-        path = Path(calibration)
-        if not path.is_file():
-            raise CalibrationError(f'calibration {str(calibration)!r}: no such file; give a text file or "builtin"')
-        try:
-            documents, source = [path.read_text(encoding="utf-8")], path.name
-        except UnicodeDecodeError as error:
-            raise CalibrationError(
-                f"calibration {path}: not UTF-8 text (byte {error.start}); convert it first"
-            ) from None
-        except OSError as error:
-            raise CalibrationError(f"calibration {path}: cannot be read ({error.strerror})") from None
-    else:
-        documents, source = list(calibration), f"list of {len(calibration)} strings"
-        for index, document in enumerate(documents):
-            if not isinstance(document, str):
-                raise CalibrationError(f"calibration[{index}]: expected a string, got {type(document).__name__}")
-    if not any(document.strip() for document in documents):
-        raise CalibrationError(f"calibration {source}: empty; give text of at least {MIN_BLOCK_TOKENS} tokens")
-    return documents, source
+        return {
+            "source": self.source,
+            "blocks": len(self.blocks),
+            "tokens": self.tokens,
+            "counted_tokens": self.counted,
+            "skipped_documents": self.skipped,
+            "sha256": self.sha256,
+        }
 
 
 def build_calibration_set(
     tokenizer: Any,
-    calibration: str | Path | Sequence[str],
+    calibration: Calibration,
     *,
     max_calib_samples: int,
     max_calib_seq_len: int,
@@ -136,26 +116,82 @@ def build_calibration_set(
         seed: which blocks are kept when there are more; the same seed keeps the same ones.
 
     Raises:
-        CalibrationError: no text, or too little for a single block.
+        CalibrationError: no text, too little for a single block, or conversations the chat template refuses.
     """
     if max_calib_samples < 1 or max_calib_seq_len < MIN_BLOCK_TOKENS:
         raise CalibrationError(
             f"max_calib_samples must be at least 1 and max_calib_seq_len at least {MIN_BLOCK_TOKENS}, "
             f"got {max_calib_samples} and {max_calib_seq_len}"
         )
-    documents, source = read_documents(calibration)
-    blocks: list[torch.Tensor] = []
-    tokens = 0
-    for document in documents:
-        ids = torch.tensor(tokenizer(document, verbose=False)["input_ids"], dtype=torch.int64)
-        tokens += len(ids)
-        blocks += [block for block in torch.split(ids, max_calib_seq_len) if len(block) >= MIN_BLOCK_TOKENS]
+    documents = read_documents(calibration)
+    source, assistant_only = documents.source, documents.assistant_only
+    limit = max(TOKENIZED_CHARACTERS, CHARACTERS_PER_TOKEN * max_calib_samples * max_calib_seq_len)
+    blocks: list[tuple[torch.Tensor, torch.Tensor]] = []
+    tokens = counted = skipped = 0
+    for document, where in _affordable(documents, limit, seed):
+        if isinstance(document, str):
+            ids = _text_tokens(tokenizer, document)
+            mask = torch.ones(len(ids), dtype=torch.bool)
+        else:
+            ids, mask = chat_tokens(tokenizer, document, assistant_only=assistant_only, where=where)
+        cut = zip(torch.split(ids, max_calib_seq_len), torch.split(mask, max_calib_seq_len), strict=True)
+        useful = [(block, counts) for block, counts in cut if len(block) >= MIN_BLOCK_TOKENS and counts.any()]
+        blocks += useful
+        tokens, counted, skipped = tokens + len(ids), counted + int(mask.sum()), skipped + (not useful)
     if not blocks:
+        silent = "" if counted or not tokens else ", none of them the assistant's"
         raise CalibrationError(
-            f"calibration {source}: {tokens} tokens, too little to calibrate on; "
+            f"calibration {source}: {tokens} tokens{silent}, too little to calibrate on; "
             f"give text of at least {MIN_BLOCK_TOKENS} tokens in one document"
         )
     # Full blocks first: they say more for the same pass. Python's generator is stable across versions.
     random.Random(seed).shuffle(blocks)
-    blocks.sort(key=lambda block: len(block) < max_calib_seq_len)
-    return CalibrationSet(tuple(blocks[:max_calib_samples]), source)
+    blocks.sort(key=lambda block: len(block[0]) < max_calib_seq_len)
+    del blocks[max_calib_samples:]
+    masked = assistant_only and any(not isinstance(document, str) for document in documents)
+    masks = tuple(mask for _, mask in blocks) if masked else None
+    return CalibrationSet(tuple(block for block, _ in blocks), source, masks, skipped)
+
+
+def _affordable(documents: Documents, limit: int, seed: int) -> Iterator[tuple[Document, str]]:
+    """The documents with their names; of too much text, pieces that the seed chooses."""
+    named = [(document, f"calibration {documents.source}, document {i + 1}") for i, document in enumerate(documents)]
+    if sum(_characters(document) for document in documents) <= limit:
+        yield from named
+        return
+    pieces: list[tuple[Document, str]] = []
+    for document, where in named:
+        parts = split_text(document) if isinstance(document, str) else [document]
+        pieces += [(part, where) for part in parts]
+    random.Random(seed).shuffle(pieces)
+    for piece, where in pieces:
+        if limit <= 0:
+            return
+        limit -= _characters(piece)
+        yield piece, where
+
+
+def _characters(document: Document) -> int:
+    return len(document) if isinstance(document, str) else sum(len(str(message)) for message in document)
+
+
+def _text_tokens(tokenizer: Any, text: str) -> torch.Tensor:
+    """int64 [tokens]; special tokens, such as one that opens a text, stand at its beginning only."""
+    pieces = []
+    for index, piece in enumerate(split_text(text)):
+        ids = tokenizer(piece, verbose=False, add_special_tokens=index == 0)["input_ids"]
+        pieces.append(torch.tensor(ids, dtype=torch.int64))
+    return torch.cat(pieces)
+
+
+def split_text(text: str, limit: int = PIECE_CHARACTERS) -> Iterator[str]:
+    """Pieces of at most `limit` characters that make up the text, at least one, cut between words where that can be."""
+    start = 0
+    while len(text) - start > limit:
+        end = start + limit
+        near = max(start + 1, end - CUT_WITHIN)
+        cuts = [match.start() for match in CUT.finditer(text, near, end + 1)]
+        cut = cuts[-1] if cuts else end
+        yield text[start:cut]
+        start = cut
+    yield text[start:]
