@@ -61,7 +61,7 @@ class SharedInput:
         errors = {}
         for local in names:
             weight = weight_of(block, local)
-            errors[local] = relative_error(grid.fake_quantize(weight), weight, statistics.gram)
+            errors[local] = RelativeError(weight, statistics.gram)(grid.fake_quantize(weight))
         return cls(names, statistics, statistics.gram, "none", errors, int(bad.sum()))
 
     def warnings(self, name: str) -> list[str]:
@@ -123,13 +123,15 @@ def round_input(
         rows = slice(start, start + weight.shape[0])
         start = rows.stop
         tensor, nearest = rounded.tensors(rows, weight, grid)
+        relative = RelativeError(weight, gram)
+        ranged = relative(nearest.dequantize())
         report = LinearReport(
             name=f"{name}.{local}",
             scale=shared.label,
             relative_error_rtn=shared.rtn_errors[local],
-            relative_error_scaled=relative_error(grid.fake_quantize(weight), weight, gram),
-            relative_error_ranged=relative_error(nearest.dequantize(), weight, gram),
-            relative_error=relative_error(tensor.dequantize(), weight, gram),
+            relative_error_scaled=relative(grid.fake_quantize(weight)),
+            relative_error_ranged=ranged,
+            relative_error=ranged if tensor is nearest else relative(tensor.dequantize()),
             clipped_share=float(rounded.ranges.clipped[rows].float().mean()),
             dead_channels=dead,
         )
@@ -154,13 +156,13 @@ class RoundedRows:
 
     def tensors(self, rows: slice, weight: torch.Tensor, grid: Grid) -> tuple[QuantizedTensor, QuantizedTensor]:
         """Some rows as stored and as rounding to nearest would have them; `weight` [rows, in] is the original."""
-        pair = [
-            grid.tensor(codes[rows], self.ranges.scales[rows], self.ranges.zeros[rows])
-            for codes in (self.codes, self.nearest)
-        ]
-        if self.kept is not None:
-            pair = [self.kept.put_into(tensor, weight) for tensor in pair]
-        return pair[0], pair[1]
+
+        def tensor(codes: torch.Tensor) -> QuantizedTensor:
+            plain = grid.tensor(codes[rows], self.ranges.scales[rows], self.ranges.zeros[rows])
+            return plain if self.kept is None else self.kept.put_into(plain, weight)
+
+        stored = tensor(self.codes)
+        return stored, stored if self.codes is self.nearest else tensor(self.nearest)
 
 
 def choose_codes(weight: torch.Tensor, gram: torch.Tensor | None, grid: Grid, config: QuantConfig) -> RoundedRows:
@@ -180,9 +182,16 @@ def choose_codes(weight: torch.Tensor, gram: torch.Tensor | None, grid: Grid, co
     return RoundedRows(ranges, nearest, codes, kept)
 
 
-def relative_error(found: torch.Tensor, weight: torch.Tensor, gram: torch.Tensor) -> float:
-    """E‖(Ŵ - W) x‖² / E‖W x‖², Ŵ and W [out, in]; 0 where the input never was anything but zero."""
-    return float(gram_error(found - weight, gram)) / max(float(gram_error(weight, gram)), 1e-30)
+class RelativeError:
+    """E‖(Ŵ - W) x‖² / E‖W x‖² of one W [out, in], for one Ŵ after another; 0 where the input is always zero."""
+
+    def __init__(self, weight: torch.Tensor, gram: torch.Tensor):
+        self._weight, self._gram = weight, gram
+        self._energy = max(float(gram_error(weight, gram)), 1e-30)
+
+    def __call__(self, found: torch.Tensor) -> float:
+        """Of Ŵ = `found`, float32 [out, in]."""
+        return float(gram_error(found - self._weight, self._gram)) / self._energy
 
 
 def make_grid(config: QuantConfig) -> Grid:
