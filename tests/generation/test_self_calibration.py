@@ -104,12 +104,12 @@ def test_the_text_is_written_once(
 
 
 def test_nothing_is_written_for_what_needs_no_text(
-    tiny_llama: Path, quantized_llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tiny_llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(self_calibration, "write_calibration_text", pytest.fail)
     halfbyte.quantize(tiny_llama, tmp_path / "out", halfbyte.QuantConfig(method="rtn"), calibration="self", **SIZES)
     with pytest.raises(halfbyte.HalfbyteError, match="exists"):
-        halfbyte.quantize(tiny_llama, quantized_llama, calibration="self", **SIZES)
+        halfbyte.quantize(tiny_llama, tmp_path / "out", calibration="self", **SIZES)
 
 
 def test_a_budget_below_the_model_is_refused(tiny_llama: Path, tmp_path: Path, cache: Path) -> None:

@@ -394,8 +394,17 @@ def test_without_the_library_the_command_is_named(monkeypatch: pytest.MonkeyPatc
 
 
 def test_a_local_folder_is_a_data_set(tmp_path: Path) -> None:
-    datasets = pytest.importorskip("datasets")
+    pytest.importorskip("datasets")
     lines(tmp_path / "train.jsonl", {"text": "one"}, {"text": "two"})
     assert list(read_documents(str(tmp_path))) == ["one", "two"]
-    datasets.Dataset.from_list([{"messages": CHAT}]).save_to_disk(tmp_path / "saved")
-    assert list(read_documents(tmp_path / "saved")) == [CHAT]
+    with pytest.raises(CalibrationError, match="datasets cannot load it .*test"):
+        read_documents(f"{tmp_path}::test")
+
+
+def test_a_folder_that_datasets_saved_is_opened_as_such(fake: FakeDatasets, tmp_path: Path) -> None:
+    fake.load_from_disk = lambda name: {"train": fake.rows} if name.endswith("splits") else fake.rows  # type: ignore[attr-defined]
+    for folder, file in (("one", "state.json"), ("splits", "dataset_dict.json")):
+        (tmp_path / folder).mkdir()
+        (tmp_path / folder / file).write_text("{}")
+        assert list(read_documents(tmp_path / folder)) == ["one", "two"]
+    assert fake.asked == []

@@ -41,8 +41,16 @@ def command(
         list[str] | None, typer.Option("--skip", help="Part of a module name to leave in 16 bit; repeatable.")
     ] = None,
     calibration: Annotated[
-        str, typer.Option(help="builtin (prose that ships with Python) or a UTF-8 text file.")
+        str,
+        typer.Option(
+            help="builtin (prose that ships with Python); self (the model writes it); a UTF-8 text file; a JSONL file "
+            "of strings, objects or conversations, as FILE.jsonl:FIELD for a field other than text or messages; or a "
+            "data set: wikitext2, c4, pileval, ultrachat, NAME:CONFIG:SPLIT:FIELD (pip install datasets)."
+        ),
     ] = "builtin",
+    all_turns: Annotated[
+        bool, typer.Option("--all-turns", help="In conversations, count every token, not just the assistant's.")
+    ] = False,
     max_calib_samples: Annotated[int, typer.Option(help="Blocks of calibration text at most.")] = 128,
     max_calib_seq_len: Annotated[int, typer.Option(help="Tokens in a block at most.")] = 512,
     seed: Annotated[int, typer.Option(help="Which blocks are kept when the text has more.")] = 0,
@@ -78,13 +86,15 @@ def command(
         format=_choice("--format", layout, ("auto", "gemm", "native")),
         modules_to_not_convert=tuple(skip or ()),
     )
-    from halfbyte.quantization.pipeline import quantize
+    from halfbyte import quantize
+    from halfbyte.quantization.calibration import read_documents
 
+    text: Any = read_documents(calibration, assistant_only=False) if all_turns else calibration
     report = quantize(
         model,
         output,
         config,
-        calibration=calibration,
+        calibration=text,
         max_calib_samples=max_calib_samples,
         max_calib_seq_len=max_calib_seq_len,
         seed=seed,
