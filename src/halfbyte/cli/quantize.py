@@ -89,7 +89,9 @@ def command(
     from halfbyte import quantize
     from halfbyte.quantization.calibration import read_documents
 
-    text: Any = read_documents(calibration, assistant_only=False) if all_turns else calibration
+    text: Any = (
+        read_documents(calibration, assistant_only=False) if all_turns and calibration != "self" else calibration
+    )
     report = quantize(
         model,
         output,
