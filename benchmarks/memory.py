@@ -99,7 +99,7 @@ def main() -> None:
     parser.add_argument("--layers", type=int, default=16)
     parser.add_argument("--folder", type=Path, help="where the model is made, and kept; a temporary folder otherwise")
     parser.add_argument("--method", nargs="*", default=["awq"])
-    parser.add_argument("--memory-budget", nargs="*", default=["2GB"])
+    parser.add_argument("--memory-budget", nargs="*", default=["2.2GB"])
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as temporary:
         folder = options.folder or Path(temporary)
