@@ -70,7 +70,7 @@ def test_every_expert_has_statistics_of_the_tokens_routed_to_it() -> None:
     shared = discover_folds(block, hidden, kwargs).shared_inputs
     assert set(quantizable_matrices(block)) <= {name for names in shared for name in names}
     collector = StatisticsCollector(block, shared)
-    list(collector.run([(hidden, kwargs)]))
+    list(collector.run([(hidden, kwargs, None)]))
     tokens = hidden.shape[0] * hidden.shape[1]
     experts = [found for found in collector.statistics.values() if ".experts." in found.linears[0]]
     assert sum(found.tokens for found in experts if "gate_up" in found.linears[0]) == 2 * tokens  # two of four each

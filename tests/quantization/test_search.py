@@ -43,6 +43,22 @@ def block_of(folder: Path) -> tuple[Any, torch.nn.Module, torch.Tensor, dict[str
     return model, find_decoder_blocks(model)[1][0], hidden, {"position_embeddings": rotary}
 
 
+def test_only_tokens_that_count_are_accumulated(tiny_llama: Path) -> None:
+    _, block, hidden, kwargs = block_of(tiny_llama)
+    counts = torch.zeros(hidden.shape[:2], dtype=torch.bool)
+    counts[:, 3:7] = True
+    shared = discover_folds(block, hidden, kwargs).shared_inputs
+    some, every = StatisticsCollector(block, shared), StatisticsCollector(block, shared)
+    outputs = [
+        next(iter(collector.run([(hidden, kwargs, mask)]))) for collector, mask in ((some, counts), (every, None))
+    ]
+    assert torch.equal(*outputs)
+    name = shared[0][0]
+    assert some.statistics[name].tokens == int(counts.sum()) < every.statistics[name].tokens
+    rows = block.input_layernorm(hidden)[counts]
+    torch.testing.assert_close(some.statistics[name].gram, rows.T @ rows, rtol=1e-4, atol=1e-4)
+
+
 def test_gram_error_is_the_mean_squared_change_of_the_output() -> None:
     x, delta = salient_inputs(), torch.randn(8, 64)
     expected = (x.double() @ delta.double().T).pow(2).sum(dim=1).mean()
@@ -214,7 +230,7 @@ def test_the_collector_sees_what_the_linears_see(tiny_llama: Path) -> None:
         linear.register_forward_pre_hook(lambda _m, args, name=name: seen.__setitem__(name, args[0].detach()))
     with torch.no_grad():
         collector = StatisticsCollector(block, group_by_input(block, hidden, kwargs))
-        outputs = list(collector.run([(hidden[:1], kwargs), (hidden[1:], kwargs)]))
+        outputs = list(collector.run([(hidden[:1], kwargs, None), (hidden[1:], kwargs, None)]))
         assert torch.allclose(torch.cat(outputs), block(hidden, **kwargs), atol=1e-5)
     for first, found in collector.statistics.items():
         rows = seen[first].reshape(-1, seen[first].shape[-1])

@@ -94,7 +94,7 @@ def _collect(
     result: BlockResult,
 ) -> dict[str, InputStatistics]:
     collector = StatisticsCollector(block, shared_inputs)
-    outputs = collector.run((batch.hidden, batch.kwargs[index]) for batch in batches)
+    outputs = collector.run((batch.hidden, batch.kwargs[index], batch.counts) for batch in batches)
     # Lazily paired: each batch's input is dropped as soon as its output is there.
     for batch, hidden in zip(batches, outputs, strict=True):
         batch.hidden = hidden

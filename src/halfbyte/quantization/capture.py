@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import itertools
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -28,11 +29,13 @@ class Batch:
         hidden: float32 [blocks, tokens, hidden], input of the decoder block reached so far.
         kwargs: what the model passes beside it, for each decoder block (masks, rotary embeddings).
         propagated: the same as `hidden` through the blocks as they were quantized, where the method wants it.
+        counts: bool [blocks, tokens], which tokens' activations count in the statistics; None for all.
     """
 
     hidden: torch.Tensor
     kwargs: list[dict[str, Any]]
     propagated: torch.Tensor | None = None
+    counts: torch.Tensor | None = None
 
 
 def make_token_batches(blocks: Sequence[torch.Tensor], batch_tokens: int = BATCH_TOKENS) -> list[torch.Tensor]:
@@ -55,6 +58,7 @@ def capture_block_inputs(
     source: TensorSource,
     device: torch.device,
     batch_tokens: int = BATCH_TOKENS,
+    masks: Sequence[torch.Tensor] | None = None,
 ) -> Iterator[Batch]:
     """Run everything before the first block, yielding batch by batch what every block would be called with.
 
@@ -65,13 +69,17 @@ def capture_block_inputs(
         source: the checkpoint.
         device: where to compute.
         batch_tokens: see `make_token_batches`.
+        masks: bool [tokens] for each block, which of them count in the statistics; None for all.
     """
     tower_name, tower = text_tower(model, blocks_name)
     fill(tower, tower_name, source, torch.float32, skip=blocks_name.removeprefix(tower_name).lstrip("."))
     blocks = model.get_submodule(blocks_name)
     _move_around(tower, blocks, device)
-    for tokens in make_token_batches(token_blocks, batch_tokens):
-        yield _capture(tower, blocks, tokens.to(device))
+    counted = make_token_batches(masks, batch_tokens) if masks is not None else itertools.repeat(None)
+    for tokens, counts in zip(make_token_batches(token_blocks, batch_tokens), counted, strict=False):
+        batch = _capture(tower, blocks, tokens.to(device))
+        batch.counts = None if counts is None else counts.to(device)
+        yield batch
     inside = {id(parameter) for parameter in blocks.parameters()}
     for name, parameter in list(tower.named_parameters()):
         if id(parameter) not in inside:

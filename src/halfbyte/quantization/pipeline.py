@@ -290,6 +290,7 @@ class _Job:
             self.tensors,
             self.device,
             self.plan.batch_tokens,
+            self.calibration.masks,
         ):
             if self.propagates and batch.propagated is None:
                 batch.propagated = batch.hidden

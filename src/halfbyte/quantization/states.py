@@ -48,7 +48,7 @@ class States:
             saved: from `save`: continue there, with the hidden states saved then.
         """
         number = len(self.batches)
-        taken = _SpilledBatch(batch.kwargs, self, number) if self.spill else batch
+        taken = _SpilledBatch(batch, self, number) if self.spill else batch
         if saved is None:
             taken.hidden, taken.propagated = batch.hidden, batch.propagated
         else:
@@ -128,8 +128,8 @@ def _write(path: Path, batch: Batch, kind: str) -> torch.Size | None:
 class _SpilledBatch(Batch):
     """A batch whose hidden states are in files: read each time they are asked for, written when they are replaced."""
 
-    def __init__(self, kwargs: list[dict[str, Any]], states: States, number: int):
-        self.kwargs = kwargs
+    def __init__(self, batch: Batch, states: States, number: int):
+        self.kwargs, self.counts = batch.kwargs, batch.counts
         self.files: dict[str, tuple[Path, torch.Size] | None] = dict.fromkeys(KINDS)
         self.ahead = 0  # what is set at first goes into the block to come, what is set later comes out of it
         self._states = states

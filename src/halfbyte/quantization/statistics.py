@@ -34,9 +34,11 @@ class InputStatistics:
     mean_abs: torch.Tensor
     tokens: int = 0
 
-    def add(self, x: torch.Tensor) -> None:
-        """Accumulate x [..., in]."""
+    def add(self, x: torch.Tensor, counts: torch.Tensor | None = None) -> None:
+        """Accumulate x [..., in]: all rows, or those where `counts`, bool [...], is true."""
         rows = x.reshape(-1, x.shape[-1]).float()
+        if counts is not None:
+            rows = rows[counts.reshape(-1)]
         self.gram.addmm_(rows.T, rows)
         self.mean_abs += rows.abs().sum(dim=0)
         self.tokens += rows.shape[0]
@@ -85,6 +87,7 @@ class StatisticsCollector:
     def __post_init__(self) -> None:
         """Allocate one set of accumulators per distinct input."""
         self.statistics = {}
+        self._counts: torch.Tensor | None = None
         self._group_of = {name: names[0] for names in self.shared_inputs for name in names}
         for names in self.shared_inputs:
             weight = weight_of(self.block, names[0])
@@ -93,9 +96,16 @@ class StatisticsCollector:
                 names, torch.zeros(width, width, device=device), torch.zeros(width, device=device)
             )
 
-    def run(self, batches: Iterable[tuple[torch.Tensor, dict[str, Any]]]) -> Iterator[torch.Tensor]:
-        """Yield the block's output for each (hidden, kwargs), in order; statistics are final after the last."""
-        for hidden, kwargs in batches:
+    def run(
+        self, batches: Iterable[tuple[torch.Tensor, dict[str, Any], torch.Tensor | None]]
+    ) -> Iterator[torch.Tensor]:
+        """Yield the block's output for each (hidden, kwargs, counts), in order; statistics are final after the last.
+
+        `counts`, bool [batch, tokens] or None for all, says which tokens to accumulate. An expert's tokens were picked
+        by the router and are no longer in rows of `hidden`: all of them are accumulated.
+        """
+        for hidden, kwargs, counts in batches:
+            self._counts = counts
             with BlockTrace(self.block, on_product=self._add):
                 output = block_output(self.block(hidden, **kwargs))
             yield output
@@ -105,7 +115,9 @@ class StatisticsCollector:
     def _add(self, product: Product) -> None:
         group = self._group_of.get(product.matrices[0])
         if group == product.matrices[0]:  # once for all that share the input
-            self.statistics[group].add(product.x)
+            rows = product.x.numel() // product.x.shape[-1]
+            every = self._counts is None or self._counts.numel() != rows
+            self.statistics[group].add(product.x, None if every else self._counts)
 
 
 def block_output(result: Any) -> torch.Tensor:

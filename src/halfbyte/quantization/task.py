@@ -78,7 +78,7 @@ class BlockTask:
         for batch in self.batches:
             kwargs: list[dict[str, Any]] = [{} for _ in batch.kwargs]
             kwargs[self.index] = on_device(batch.kwargs[self.index], torch.device("cpu"))
-            batches.append(Batch(batch.hidden.cpu(), kwargs))
+            batches.append(Batch(batch.hidden.cpu(), kwargs, counts=on_device(batch.counts, torch.device("cpu"))))
         return replace(self, batches=batches)
 
 
