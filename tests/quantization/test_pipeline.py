@@ -202,10 +202,29 @@ def test_a_quantized_model_is_not_quantized_again(quantized_llama: Path, tmp_pat
         halfbyte.quantize(quantized_llama, tmp_path / "out", **QUICK)
 
 
-def test_outputs_that_do_not_fill_words_are_refused_by_name(tmp_path: Path) -> None:
+def test_what_gemm_cannot_hold_is_stored_natively_and_said_so(tmp_path: Path) -> None:
     folder = make_llama(tmp_path / "odd", intermediate_size=100, num_hidden_layers=1)
     with pytest.raises(UnsupportedError, match="gate_proj: has 100 outputs"):
-        halfbyte.quantize(folder, tmp_path / "out", QuantConfig(group_size=-1), **QUICK)
+        halfbyte.quantize(folder, tmp_path / "out", QuantConfig(group_size=-1, format="gemm"), **QUICK)
+    for config in (QuantConfig(group_size=-1), QuantConfig(group_size=48, format="native")):
+        report = halfbyte.quantize(folder, tmp_path / "out", config, overwrite=True, **QUICK)
+        assert report.config.format == "native"
+        assert ("gate_proj: has 100 outputs" in " ".join(report.warnings)) == (config.format == "auto")
+        stored = Checkpoint.open(tmp_path / "out").config["quantization_config"]
+        assert stored["quant_method"] == "halfbyte"
+        original, model = halfbyte.load(folder), halfbyte.load(tmp_path / "out")
+        expected, found = (m.logits(list(range(5, 25))) for m in (original, model))
+        assert (found - expected).norm() < 0.5 * expected.norm()
+
+
+@pytest.mark.parametrize("method", ["gptq", "best", "awq-l2"])
+def test_every_method_is_closer_than_rounding(method: str, tiny_llama: Path, tmp_path: Path) -> None:
+    report = halfbyte.quantize(tiny_llama, tmp_path / "out", QuantConfig(method, group_size=32), **QUICK)
+    for linear in report.linears:
+        assert linear.relative_error is not None
+        assert linear.relative_error_rtn is not None
+        assert linear.relative_error < linear.relative_error_rtn
+    assert halfbyte.load(report.output_dir).quantized
 
 
 def test_overwrite_replaces_a_checkpoint(tiny_llama: Path, tmp_path: Path) -> None:
