@@ -260,6 +260,7 @@ class _Job:
                     outcome = self._task(block, index, states).run()
                     saved = states.save() if states.batches and index + 1 < total else None
                     self._record(journal, index, outcome, saved)
+                    del outcome  # before the next block needs the room
                     ticker.advance()
                 else:
                     collect(helpers.slots)
