@@ -120,6 +120,16 @@ def _parse_group_size(text: str) -> Any:
         raise ConfigError(f"--group-size {text}: expected auto, a number, or -1 for whole rows") from None
 
 
+def _counted(used: dict[str, Any]) -> str:
+    """What of the text does not count, if anything."""
+    parts = []
+    if used["counted_tokens"] != used["tokens"]:
+        parts.append(f"{used['counted_tokens']:,} of them the assistant's")
+    if used["skipped_documents"]:
+        parts.append(f"{used['skipped_documents']} documents too short")
+    return "".join(f", {part}" for part in parts)
+
+
 def _choice(flag: str, text: str | None, choices: tuple[str, ...]) -> Any:
     if text is not None and text not in choices:
         raise ConfigError(f"{flag} {text}: expected one of {', '.join(choices)}")
@@ -147,7 +157,7 @@ def _print_report(report: Any) -> None:
         columns = ("linear", "count", "to nearest", "scaled", "range found", "stored", "groups clipped")
         print_table(columns, rows, "Mean squared error of the outputs over calibration, relative to their energy")
         used = report.calibration
-        print(f"calibration   {used['source']}: {used['blocks']} blocks, {used['tokens']:,} tokens")
+        print(f"calibration   {used['source']}: {used['blocks']} blocks, {used['tokens']:,} tokens{_counted(used)}")
     for warning in report.warnings:
         print(f"warning       {warning}")
     print(f"decoder       {megabytes(report.block_bytes_before)} → {megabytes(report.block_bytes_after)}")

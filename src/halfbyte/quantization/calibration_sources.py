@@ -22,7 +22,7 @@ from halfbyte.quantization.calibration_datasets import SHORT_NAMES, names_data_s
 
 Conversation = Sequence[Mapping[str, Any]]
 Document = str | Conversation
-Calibration = str | Path | Sequence[str] | Sequence[Conversation]
+Calibration = str | Path | Sequence[str | Conversation]
 
 HELD_OUT_EVERY = 5
 # Shorter runs of text (a heading, "Changed in version 3.8") recur without meaning that the prose does.

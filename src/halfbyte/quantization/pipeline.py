@@ -92,10 +92,10 @@ def quantize(
         )
     journal = Journal(output_dir, overwrite=overwrite, source=job.checkpoint.folder)
     if job.config.calibrated:
-        read_documents(calibration)  # refuse bad text before the tokenizer is loaded
+        documents = read_documents(calibration)  # refuse bad text before the tokenizer is loaded
         job.calibration = build_calibration_set(
             load_tokenizer(job.checkpoint.folder),
-            calibration,
+            documents,
             max_calib_samples=max_calib_samples,
             max_calib_seq_len=max_calib_seq_len,
             seed=seed,

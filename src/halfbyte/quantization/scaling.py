@@ -104,7 +104,8 @@ def _relative_magnitude(weights: Sequence[torch.Tensor], grid: Grid) -> torch.Te
     total = torch.zeros(weights[0].shape[1], device=weights[0].device)
     for weight in weights:
         groups = grid.split(weight).abs()
-        total += (groups / (groups.amax(dim=-1, keepdim=True) + 1e-6)).reshape(weight.shape).sum(dim=0)
+        relative = groups / (groups.amax(dim=-1, keepdim=True) + 1e-6)
+        total += grid.join(relative, weight.shape[1]).sum(dim=0)
     return total / sum(weight.shape[0] for weight in weights)
 
 
