@@ -40,7 +40,7 @@ from halfbyte.quantization.identity import describe_run, versions
 from halfbyte.quantization.packing import choose_format, names_by_block
 from halfbyte.quantization.report import MANIFEST_NAME, BlockReport, LinearReport, QuantizationReport
 from halfbyte.quantization.states import States, is_saved
-from halfbyte.quantization.task import BlockOutcome, BlockTask, advance, peak_memory
+from halfbyte.quantization.task import BlockOutcome, BlockTask, advance, give_back_memory, peak_memory
 
 
 def quantize(
@@ -327,6 +327,7 @@ class _Job:
             yield block
         finally:
             release(block)
+            give_back_memory()
 
     def assemble(self, journal: Journal, output_dir: Path, ticker: Ticker) -> QuantizationReport:
         """Put the checkpoint together out of the journal and everything outside the blocks."""
