@@ -48,7 +48,7 @@ lint: $(VENV)/.dev
 
 DATA ?= ../shared/data
 bench: $(VENV)/.halfbyte
-	$(BIN)/python benchmarks/ablation.py --data $(DATA)
+	$(BIN)/python benchmarks/ablation.py --data $(DATA) --only "original, fp32 arithmetic" rtn "awq without range" awq best
 	$(BIN)/python benchmarks/decode.py
 	$(BIN)/python benchmarks/kernels.py
 

@@ -144,9 +144,9 @@ def test_quantize_write_read_and_run(
     results: dict[str, BlockResult] = {}
     pack = task.pack_block
 
-    def recording(block: torch.nn.Module, prefix: str, names: Any, result: BlockResult, checkpoint: Any) -> Any:
+    def recording(block: torch.nn.Module, prefix: str, names: Any, result: BlockResult, *rest: Any) -> Any:
         results[prefix] = result
-        return pack(block, prefix, names, result, checkpoint)
+        return pack(block, prefix, names, result, *rest)
 
     monkeypatch.setattr(task, "pack_block", recording)
     config = halfbyte.QuantConfig(group_size=GROUP_SIZE, n_grid=2)
