@@ -113,6 +113,20 @@ void half_product(std::uintptr_t weight, int dtype, int rows, int cols, std::uin
                   reinterpret_cast<const float*>(bias), reinterpret_cast<const float*>(x), reinterpret_cast<float*>(y), m);
 }
 
+// Addresses of tensors that kernels/rounding.py has just checked.
+void round_block(std::uintptr_t work, std::uintptr_t couplings, std::uintptr_t pivots, std::uintptr_t scales,
+                 std::uintptr_t zeros, std::uintptr_t codes, std::uintptr_t moved, std::size_t rows, std::size_t stride,
+                 int columns, int max_code, bool revisit, const std::string& tier) {
+    if (columns < 1 || columns > RoundingBlock::MAX_COLUMNS || rows > stride || max_code < 1 || max_code > 255)
+        throw nb::value_error("round_block: bad arguments");
+    const auto in = [](std::uintptr_t address) { return reinterpret_cast<const float*>(address); };
+    const auto out = [](std::uintptr_t address) { return reinterpret_cast<float*>(address); };
+    const Tier& picked = tier_named(tier);
+    nb::gil_scoped_release release;
+    picked.round_block({in(work), in(couplings), in(pivots), in(scales), in(zeros), out(codes), out(moved), rows, stride,
+                        columns, static_cast<float>(max_code), revisit});
+}
+
 void dequantize(const W4Matrix& matrix, MutableFloats2 out) {
     if (out.shape(0) != static_cast<std::size_t>(matrix.rows()) || out.shape(1) != static_cast<std::size_t>(matrix.cols()))
         throw nb::value_error("out: must be [rows, columns]");
@@ -152,6 +166,9 @@ NB_MODULE(_native, m) {
         "tier"_a);
 
     m.def("half_multiply", &half_product, "weight"_a, "dtype"_a, "rows"_a, "cols"_a, "bias"_a, "x"_a, "y"_a, "m"_a, "tier"_a);
+
+    m.def("round_block", &round_block, "work"_a, "couplings"_a, "pivots"_a, "scales"_a, "zeros"_a, "codes"_a, "moved"_a,
+          "rows"_a, "stride"_a, "columns"_a, "max_code"_a, "revisit"_a, "tier"_a);
 
     nb::class_<W4Matrix>(m, "W4Matrix", "An INT4 or INT8 matrix in kernel layout.")
         .def(nb::new_(&make_matrix), "codes"_a, "scales"_a, "offsets"_a, "bias"_a.none(), "group_size"_a, "tier"_a,

@@ -2,12 +2,13 @@
 #pragma once
 
 #include "half_kernel.hpp"
+#include "rounding_kernel.hpp"
 #include "w4_kernel.hpp"
 
 namespace halfbyte {
 namespace {
 
-// The products for both widths of codes, the one with 16-bit weights, and the rooflines.
+// The products for both widths of codes, the one with 16-bit weights, rounding, and the rooflines.
 template <class S>
 struct TierOf {
     using F = typename S::F;
@@ -44,7 +45,7 @@ struct TierOf {
 
     static constexpr Tier tier(const char* name) {
         return {name, S::GEMV_BLOCKS, S::TILE_ROWS, S::PANEL_BLOCKS, W4Kernel<S, 4>::product(), W4Kernel<S, 8>::product(),
-                HalfKernel<S>::multiply, read, fma};
+                HalfKernel<S>::multiply, RoundingKernel<S>::round_block, read, fma};
     }
 };
 

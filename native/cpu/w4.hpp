@@ -25,6 +25,8 @@
 #include <cstddef>
 #include <cstdint>
 
+#include "rounding.hpp"
+
 namespace halfbyte {
 
 constexpr int BLOCK_ROWS = 16;
@@ -91,6 +93,7 @@ struct Tier {
     // M <= HALF_ROWS, weight [..][cols] in bf16 or f16; x: [M][x_stride] float32, zero from cols to a multiple of 64.
     void (*half_multiply)(const void* weight, DType, int cols, const float* x, std::size_t x_stride, int m, const Output&,
                           int row_begin, int row_end);
+    void (*round_block)(const RoundingBlock&);
     // For the rooflines: read n bytes (a multiple of 256); run `steps` rounds of independent FMAs, returning their flops.
     float (*read)(const void* data, std::size_t n);
     double (*fma)(std::int64_t steps, float* sink);

@@ -12,6 +12,21 @@ def measure_peak_flops(tier: str) -> float: ...
 def half_multiply(
     weight: int, dtype: int, rows: int, cols: int, bias: int, x: int, y: int, m: int, tier: str
 ) -> None: ...
+def round_block(
+    work: int,
+    couplings: int,
+    pivots: int,
+    scales: int,
+    zeros: int,
+    codes: int,
+    moved: int,
+    rows: int,
+    stride: int,
+    columns: int,
+    max_code: int,
+    revisit: bool,
+    tier: str,
+) -> None: ...
 
 class W4Matrix:
     def __init__(

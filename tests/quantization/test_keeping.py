@@ -9,9 +9,9 @@ import torch
 import halfbyte
 from halfbyte import QuantConfig
 from halfbyte.errors import ConfigError
+from halfbyte.quantization.gram import gram_error
 from halfbyte.quantization.grid import Grid
 from halfbyte.quantization.keeping import absorb, keep_columns
-from halfbyte.quantization.scaling import gram_error
 from halfbyte.quantization.stages import choose_codes
 from tests.conftest import TEXT
 

@@ -6,9 +6,9 @@ import pytest
 import torch
 
 from halfbyte.quantization.clipping import full_range
+from halfbyte.quantization.gram import gram_error
 from halfbyte.quantization.grid import Grid
 from halfbyte.quantization.rounding import compensate
-from halfbyte.quantization.scaling import gram_error
 
 
 def inputs(tokens: int, width: int, seed: int = 0) -> torch.Tensor:

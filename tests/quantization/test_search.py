@@ -13,8 +13,9 @@ from halfbyte.quantization.clipping import JOINT_FACTORS, full_range, search_ran
 from halfbyte.quantization.config import QuantConfig
 from halfbyte.quantization.discovery import PROOF_TOLERANCE, discover_folds, proven
 from halfbyte.quantization.folding import Fold
+from halfbyte.quantization.gram import add_outer, gram_error, mirror
 from halfbyte.quantization.grid import Grid
-from halfbyte.quantization.scaling import gram_error, search_scales
+from halfbyte.quantization.scaling import search_scales
 from halfbyte.quantization.statistics import InputStatistics, StatisticsCollector, group_by_input
 
 
@@ -56,7 +57,8 @@ def test_only_tokens_that_count_are_accumulated(tiny_llama: Path) -> None:
     name = shared[0][0]
     assert some.statistics[name].tokens == int(counts.sum()) < every.statistics[name].tokens
     rows = block.input_layernorm(hidden)[counts]
-    torch.testing.assert_close(some.statistics[name].gram, rows.T @ rows, rtol=1e-4, atol=1e-4)
+    some.statistics[name].finish()
+    torch.testing.assert_close(some.statistics[name].gram * len(rows), rows.T @ rows, rtol=1e-4, atol=1e-4)
 
 
 def test_gram_error_is_the_mean_squared_change_of_the_output() -> None:
@@ -93,16 +95,42 @@ def test_the_search_beats_the_identity_on_salient_channels_and_leaves_weights_al
 
 def test_the_exponents_run_from_0_to_1_inclusive() -> None:
     fold = Fold("norm", ("a",), torch.arange(64))
-    config = QuantConfig(n_grid=4)
-    tried = [
-        label
-        for label, _ in search_scales(
-            fold, [torch.randn(8, 64)], statistics_of(salient_inputs()), Grid(4, 32, True), config
-        ).tried
-    ]
-    assert tried == [
+    found = statistics_of(salient_inputs())
+    choice = search_scales(fold, [torch.randn(8, 64)], found, Grid(4, 32, True), QuantConfig(n_grid=4))
+    tried = [label for label, _ in choice.tried]
+    assert len(tried) == len(set(tried))
+    assert {"identity", "x^0.25", "x^1", "x^0/w^1", "x^0.75/w^0.25"} <= set(tried)
+    assert set(tried) <= {
         "identity", "x^0/w^1", "x^0.25", "x^0.25/w^0.75", "x^0.5", "x^0.5/w^0.5", "x^0.75", "x^0.75/w^0.25", "x^1",
-    ]  # fmt: skip
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_refining_the_exponent_loses_nothing_against_the_whole_grid(seed: int) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    x = torch.randn(256, 64, generator=generator) * torch.randn(64, generator=generator).exp() ** 2
+    weight, found, grid = torch.randn(64, 64, generator=generator), statistics_of(x), Grid(4, 32, True)
+    choice = search_scales(
+        Fold("norm", ("a",), torch.arange(64)), [weight], found, grid, QuantConfig(duo_scaling=False)
+    )
+
+    def error(r: float) -> float:
+        scales = found.mean_abs**r
+        return float(gram_error(grid.fake_quantize(weight * scales) / scales - weight, found.gram))
+
+    assert len(choice.tried) < 14
+    assert choice.error < 1.02 * min(error(step / 20) for step in range(21))
+
+
+@pytest.mark.parametrize(("tokens", "width"), [(300, 64), (5, 7), (40, 1), (33, 129)])
+def test_half_a_gram_matrix_is_enough(tokens: int, width: int) -> None:
+    rows, delta = torch.randn(2, tokens, width, dtype=torch.float64).unbind()
+    gram = torch.zeros(width, width, dtype=torch.float64)
+    add_outer(gram, rows[: tokens // 2])
+    add_outer(gram, rows[tokens // 2 :])
+    mirror(gram)
+    torch.testing.assert_close(gram, rows.T @ rows)
+    torch.testing.assert_close(gram_error(delta, gram), (rows @ delta.T).pow(2).sum())
 
 
 def test_dead_channels_and_bad_statistics_do_not_stop_the_search() -> None:

@@ -10,15 +10,18 @@ format holds the result.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import torch
 
+from halfbyte.kernels.rounding import MAX_COLUMNS, round_block
 from halfbyte.quantization.clipping import GroupRanges
 from halfbyte.quantization.grid import Grid
 
 # Share of G's mean diagonal added to it: keeps the factor finite where few tokens span few directions.
 DAMPING = 0.01
 # Columns whose corrections to the rest are gathered into one matrix product.
-BLOCK = 64
+BLOCK = MAX_COLUMNS
 
 
 def compensate(
@@ -35,8 +38,8 @@ def compensate(
     """
     columns = _Columns(weight, gram, ranges, grid)
     columns.round_in_order()
-    for _ in range(sweeps):
-        columns.descend()
+    if sweeps:
+        columns.descend(sweeps)
     return columns.codes_in_place()
 
 
@@ -66,53 +69,52 @@ class _Columns:
         """The compensated pass."""
         factor = _inverse_factor(self._gram)
         rest = self._weight.clone()
-        for start in range(0, len(rest), BLOCK):
-            block, local = rest[start : start + BLOCK], factor[start : start + BLOCK, start : start + BLOCK]
-            lost = torch.empty_like(block)
-            for i, row in enumerate(block):
-                j = start + i
-                self._codes[j] = self._nearest(row, j)
-                lost[i] = (row - self._value(j)) / local[i, i]
-                block[i + 1 :].addr_(local[i, i + 1 :], lost[i], alpha=-1)
-            end = start + len(block)
-            rest[end:].addmm_(factor[start:end, end:].T, lost, alpha=-1)
+        for block in self._blocks():
+            lost = self._round(block, rest[block], factor[block, block], revisit=False)
+            rest[block.stop :].addmm_(factor[block, block.stop :].T, lost, alpha=-1)
 
-    def descend(self) -> None:
-        """One sweep of coordinate descent over all codes."""
-        gradient = self._gram @ ((self._codes - self._zeros) * self._scales - self._weight)
-        curvature = self._gram.diagonal().clamp(min=torch.finfo(torch.float32).tiny)
-        for start in range(0, len(gradient), BLOCK):
-            local = gradient[start : start + BLOCK]
-            end = start + len(local)
-            moved = torch.empty_like(local)
-            for i, slope in enumerate(local):
-                j = start + i
-                before = self._value(j)
-                self._codes[j] = self._nearest(before - slope / curvature[j], j)
-                moved[i] = self._value(j) - before
-                local[i + 1 :].addr_(self._gram[j, j + 1 : end], moved[i])
-            gradient[end:].addmm_(self._gram[end:, start:end], moved)
+    def descend(self, sweeps: int) -> None:
+        """Sweeps of coordinate descent over all codes."""
+        slopes = self._gram @ ((self._codes - self._zeros) * self._scales - self._weight)
+        curved = self._gram.clone()
+        curved.diagonal().clamp_(min=torch.finfo(torch.float32).tiny)
+        for _ in range(sweeps):
+            for block in self._blocks():
+                moved = self._round(block, slopes[block], curved[block, block], revisit=True)
+                slopes.addmm_(self._gram[:, block], moved)
 
-    def _nearest(self, values: torch.Tensor, j: int) -> torch.Tensor:
-        return (values / self._scales[j]).round_().add_(self._zeros[j]).clamp_(0, self._max_code)
+    def _blocks(self) -> Iterator[slice]:
+        for start in range(0, len(self._weight), BLOCK):
+            yield slice(start, min(start + BLOCK, len(self._weight)))
 
-    def _value(self, j: int) -> torch.Tensor:
-        return (self._codes[j] - self._zeros[j]) * self._scales[j]
+    def _round(self, block: slice, work: torch.Tensor, couplings: torch.Tensor, *, revisit: bool) -> torch.Tensor:
+        return round_block(
+            work,
+            couplings,
+            self._scales[block],
+            self._zeros[block],
+            self._codes[block],
+            self._max_code,
+            revisit=revisit,
+        )
 
 
 def _inverse_factor(gram: torch.Tensor) -> torch.Tensor:
-    """Upper triangular U with UᵀU = (G + λI)⁻¹, float32. λ grows tenfold until the factorization succeeds."""
-    doubled = gram.double()
-    mean = float(doubled.diagonal().mean()) or 1.0
+    """Upper triangular U with UᵀU = (G + λI)⁻¹, float32. λ grows tenfold until the factorization succeeds.
+
+    Backwards, G = L Lᵀ: turned around again L is an upper triangular R with G = R Rᵀ, and U = R⁻¹.
+    """
+    backwards = gram.double().flip(0, 1)
+    mean = float(backwards.diagonal().mean()) or 1.0
     damping = DAMPING
     while True:
-        damped = doubled.clone()
+        damped = backwards.clone()
         damped.diagonal().add_(damping * mean)
         lower, failed = torch.linalg.cholesky_ex(damped)
         if not failed:
-            inverse = torch.cholesky_inverse(lower)
-            upper, failed = torch.linalg.cholesky_ex(inverse, upper=True)
-            if not failed:
-                factor: torch.Tensor = upper.float()
-                return factor
+            identity = torch.eye(len(gram), dtype=torch.float64, device=gram.device)
+            factor = torch.linalg.solve_triangular(lower.flip(0, 1), identity, upper=True)
+            if torch.isfinite(factor).all():
+                result: torch.Tensor = factor.float()
+                return result
         damping *= 10

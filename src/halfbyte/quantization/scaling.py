@@ -10,18 +10,22 @@ equations 4 and 5; the Gram form is ours.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+import math
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
 
 import torch
 
 from halfbyte.quantization.config import QuantConfig
 from halfbyte.quantization.folding import Fold
+from halfbyte.quantization.gram import gram_error
 from halfbyte.quantization.grid import Grid
 from halfbyte.quantization.statistics import InputStatistics
 
 # Rows scored per linear: the ranking of candidates needs a few hundred, the rest only costs time.
 SAMPLED_ROWS = 256
+# Steps of the exponent between the candidates tried first.
+COARSE_STEPS = 4
 
 
 @dataclass(frozen=True)
@@ -43,11 +47,6 @@ class ScaleChoice:
     tried: tuple[tuple[str, float], ...]
 
 
-def gram_error(delta: torch.Tensor, gram: torch.Tensor) -> torch.Tensor:
-    """tr(ΔW · G · ΔWᵀ), a scalar: ΔW [rows, in], G [in, in]."""
-    return ((delta @ gram) * delta).sum()
-
-
 def search_scales(
     fold: Fold, weights: Sequence[torch.Tensor], statistics: InputStatistics, grid: Grid, config: QuantConfig
 ) -> ScaleChoice:
@@ -65,29 +64,65 @@ def search_scales(
     salience = fold.per_channel(importance)
     magnitude = fold.per_channel(_relative_magnitude(weights, grid))
     identity = torch.ones_like(salience)
-
-    best_label, best_scales, best_error = "identity", identity, float("inf")
+    best = ScaleChoice(identity, "identity", math.inf, math.inf, ())
     tried: list[tuple[str, float]] = []
-    for label, scales in _candidates(salience, magnitude, config):
+
+    def score(label: str, scales: torch.Tensor) -> float:
+        nonlocal best
         columns = fold.per_column(scales)
         error = float(gram_error(grid.fake_quantize(rows * columns) / columns - rows, statistics.gram))
         tried.append((label, error))
-        if error < best_error:
-            best_label, best_scales, best_error = label, scales, error
-    return ScaleChoice(best_scales, best_label, best_error, tried[0][1], tuple(tried))
+        if error < best.error:
+            best = replace(best, scales=scales, label=label, error=error)
+        return error if math.isfinite(error) else math.inf
+
+    identity_error = score("identity", identity)
+    for family in _families(salience, magnitude, config):
+        _refine(family, score)
+    return replace(best, identity_error=identity_error, tried=tuple(tried))
 
 
-def _candidates(
-    salience: torch.Tensor, magnitude: torch.Tensor, config: QuantConfig
-) -> Iterator[tuple[str, torch.Tensor]]:
-    """Identity first, then the families asked for. Channels without a usable statistic keep scale 1."""
-    yield "identity", torch.ones_like(salience)
-    for step in range(config.n_grid + 1):
+@dataclass(frozen=True)
+class _Family:
+    """Candidates along one exponent r = step / n_grid; steps from `first` to `last`."""
+
+    first: int
+    last: int
+    candidate: Callable[[int], tuple[str, torch.Tensor]]
+
+
+def _families(salience: torch.Tensor, magnitude: torch.Tensor, config: QuantConfig) -> Iterator[_Family]:
+    """Those asked for; what both would try, and the identity, once. Channels without a usable statistic keep 1."""
+
+    def alone(step: int) -> tuple[str, torch.Tensor]:
         r = step / config.n_grid
-        if config.duo_scaling in (False, "both") and step:
-            yield f"x^{r:.3g}", _centred(salience**r)
-        if config.duo_scaling in (True, "both") and step < config.n_grid:
-            yield f"x^{r:.3g}/w^{1 - r:.3g}", _centred(salience**r / (magnitude ** (1 - r) + 1e-4))
+        return f"x^{r:.3g}", _centred(salience**r)
+
+    def over_weight(step: int) -> tuple[str, torch.Tensor]:
+        r = step / config.n_grid
+        return f"x^{r:.3g}/w^{1 - r:.3g}", _centred(salience**r / (magnitude ** (1 - r) + 1e-4))
+
+    if config.duo_scaling in (False, "both"):
+        yield _Family(1, config.n_grid, alone)
+    if config.duo_scaling in (True, "both"):
+        yield _Family(0, config.n_grid - 1, over_weight)
+
+
+def _refine(family: _Family, score: Callable[[str, torch.Tensor], float]) -> None:
+    """Every `COARSE_STEPS`-th step, then halfway around the best so far, down to single steps.
+
+    The error is a smooth bowl in r with ripples of rounding. This finds what the whole grid would find but for 0.06 %
+    of the error (docs/design/quantization.md), in half the time.
+    """
+    stride = COARSE_STEPS
+    coarse = sorted({*range(family.first, family.last, stride), family.last})
+    found = {step: score(*family.candidate(step)) for step in coarse}
+    while stride > 1:
+        stride //= 2
+        best = min(found, key=lambda step: found[step])
+        for step in (best - stride, best + stride):
+            if family.first <= step <= family.last and step not in found:
+                found[step] = score(*family.candidate(step))
 
 
 def _centred(scales: torch.Tensor) -> torch.Tensor:

@@ -16,11 +16,12 @@ from halfbyte.architectures.skeleton import weight_of
 from halfbyte.quantization.clipping import GroupRanges, full_range, search_range
 from halfbyte.quantization.config import QuantConfig
 from halfbyte.quantization.folding import Fold
+from halfbyte.quantization.gram import gram_error
 from halfbyte.quantization.grid import Grid
 from halfbyte.quantization.keeping import Kept, absorb, keep_columns
 from halfbyte.quantization.report import LinearReport
 from halfbyte.quantization.rounding import compensate
-from halfbyte.quantization.scaling import gram_error, search_scales
+from halfbyte.quantization.scaling import search_scales
 from halfbyte.quantization.statistics import InputStatistics
 from halfbyte.tensor import QuantizedTensor
 

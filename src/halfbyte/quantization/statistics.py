@@ -15,6 +15,7 @@ import torch
 from torch import nn
 
 from halfbyte.architectures.skeleton import weight_of
+from halfbyte.quantization.gram import add_outer, mirror
 from halfbyte.quantization.tracing import BlockTrace, Product
 
 
@@ -24,7 +25,7 @@ class InputStatistics:
 
     Attributes:
         linears: their names in the block, routers and other ones that stay in 16 bit among them.
-        gram: float32 [in, in], E[x xᵀ] once `finish` was called, a running sum before.
+        gram: float32 [in, in], E[x xᵀ] once `finish` was called, a running sum before (of its upper half).
         mean_abs: float32 [in], E|x| likewise.
         tokens: rows accumulated; none for an expert that was never chosen.
     """
@@ -39,12 +40,13 @@ class InputStatistics:
         rows = x.reshape(-1, x.shape[-1]).float()
         if counts is not None:
             rows = rows[counts.reshape(-1)]
-        self.gram.addmm_(rows.T, rows)
+        add_outer(self.gram, rows)
         self.mean_abs += rows.abs().sum(dim=0)
         self.tokens += rows.shape[0]
 
     def finish(self) -> None:
         """Turn sums into means."""
+        mirror(self.gram)
         self.gram /= max(self.tokens, 1)
         self.mean_abs /= max(self.tokens, 1)
 
