@@ -90,6 +90,19 @@ def _round_natively(
     pivots = couplings.diagonal().reciprocal()
     signed = (couplings if revisit else -couplings).contiguous()
     columns, rows = work.shape
-    addresses = [tensor.data_ptr() for tensor in (work, signed, pivots, scales, zeros, codes, moved)]
-    _native.round_block(*addresses, rows, rows, columns, max_code, revisit, pick_tier())
+    _native.round_block(
+        work.data_ptr(),
+        signed.data_ptr(),
+        pivots.data_ptr(),
+        scales.data_ptr(),
+        zeros.data_ptr(),
+        codes.data_ptr(),
+        moved.data_ptr(),
+        rows,
+        rows,
+        columns,
+        max_code,
+        revisit,
+        pick_tier(),
+    )
     return moved
