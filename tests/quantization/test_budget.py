@@ -11,12 +11,15 @@ from torch import nn
 
 import halfbyte
 from halfbyte import QuantConfig
+from halfbyte.architectures.skeleton import find_decoder_blocks, text_tower
 from halfbyte.errors import ConfigError
 from halfbyte.quantization import pipeline
-from halfbyte.quantization.budget import PROCESS_BYTES, MemoryPlan, parse_bytes, plan_memory
-from halfbyte.quantization.capture import BATCH_TOKENS, Batch
+from halfbyte.quantization.budget import PROCESS_BYTES, MemoryPlan, outputs_per_token, parse_bytes, plan_memory
+from halfbyte.quantization.capture import BATCH_TOKENS, Batch, _capture
 from halfbyte.quantization.states import States, is_saved
+from halfbyte.quantization.tracing import BlockTrace, Product
 from tests.conftest import TEXT
+from tests.quantization.zoo import build
 
 
 @pytest.mark.parametrize(
@@ -73,6 +76,47 @@ def test_a_budget_that_cannot_work_is_told_the_least_that_does() -> None:
     assert plan(f"{least}GB").batch_tokens in (500, 512)
     with pytest.raises(ConfigError, match="the least is"):
         plan(f"{float(least) - 0.2}GB")
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", ["llama", "gpt2", "falcon_7b", "mixtral", "qwen2_moe", "deepseek_v3", "gpt_oss"])
+def test_outputs_are_counted_as_a_block_makes_them(name: str) -> None:
+    model = build(name)
+    path, blocks = find_decoder_blocks(model)
+    block, tokens = blocks[-1], torch.arange(48).reshape(2, 24)
+    batch = _capture(text_tower(model, path)[1], blocks, tokens)
+    made: list[int] = []
+
+    def count(product: Product) -> None:
+        made.append(product.y.numel())
+
+    with BlockTrace(block, on_product=count):
+        block(batch.hidden, **batch.kwargs[-1])
+    assert outputs_per_token(block) * tokens.numel() == sum(made)
+
+
+def test_all_experts_count_where_nothing_says_how_many_a_token_goes_through() -> None:
+    block = find_decoder_blocks(build("mixtral"))[1][-1]
+    known = outputs_per_token(block)
+    expert = 2 * 96 + 64  # gate, up, down
+    for module in block.modules():
+        if hasattr(module, "config"):
+            del module.config
+    assert outputs_per_token(block) == known + 2 * expert
+    whole = find_decoder_blocks(build("llama4"))[1][-1]  # every token goes through every expert
+    assert outputs_per_token(whole) > 4 * (2 * 96 + 64)
+
+
+def test_the_plan_looks_at_the_block_with_most_outputs() -> None:
+    with torch.device("meta"):
+        small, large = nn.Sequential(nn.Linear(8, 8)), nn.Sequential(nn.Linear(8, 5), nn.Linear(5, 8))
+
+    def expected(*parts: nn.Module) -> int:
+        settings: dict[str, Any] = {"hidden_size": 8, "embedding_bytes": 10**9, "propagates": False, "budget": None}
+        return plan_memory(nn.ModuleList(parts), [("0", 8)], sequences=[16], **settings).expected_bytes
+
+    assert expected(small, large) == expected(large, small) == expected(large)
+    assert expected(large) - expected(small) == BATCH_TOKENS * 4 * 5
 
 
 def test_a_refused_budget_leaves_nothing(tiny_llama: Path, tmp_path: Path) -> None:

@@ -10,12 +10,14 @@ from __future__ import annotations
 
 import math
 import re
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 import psutil
 from torch import nn
 
+from halfbyte.architectures.matrices import Matrix, matrices_of
 from halfbyte.errors import ConfigError
 from halfbyte.quantization.capture import BATCH_TOKENS
 
@@ -23,6 +25,11 @@ from halfbyte.quantization.capture import BATCH_TOKENS
 PROCESS_BYTES = 600_000_000
 # The weights, the copy a search works on, and the temporaries of rounding it.
 BLOCK_COPIES = 3
+# What configs call the number of experts a token goes through.
+EXPERTS_PER_TOKEN = (
+    "num_experts_per_tok", "num_experts_per_token", "num_selected_experts", "top_k_experts", "moe_top_k", "moe_topk",
+    "moe_k",
+)  # fmt: skip
 UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
 
 
@@ -125,6 +132,44 @@ def _gram_bytes(linears: Sequence[tuple[str, int]], blocks: int) -> int:
 
 
 def _activation_bytes(blocks: nn.ModuleList, hidden_size: int) -> int:
-    """Per token: every linear's output, the widest twice more, and the hidden states before and after."""
-    outputs = [part.out_features for part in blocks[0].modules() if isinstance(part, nn.Linear)]
-    return 4 * (sum(outputs) + 2 * max(outputs, default=0) + 4 * hidden_size)
+    """Per token: every output of the block that has most, the widest twice more, and the hidden states."""
+    most = 0
+    for block in blocks:
+        widest = max((matrix.out_features for matrix in matrices_of(block).values()), default=0)
+        most = max(most, outputs_per_token(block) + 2 * widest)
+    return 4 * (most + 4 * hidden_size)
+
+
+def outputs_per_token(block: nn.Module) -> int:
+    """Values that the products of a block put out for one token: of its experts, as many as a token goes through.
+
+    Where the block's config does not say how many these are, they are all counted, and so are experts that cannot be
+    told apart from their parameter (Llama 4's), because all of them see every token.
+    """
+    shared, experts = 0, Counter[int]()
+    held = {matrix.parameter for matrix in matrices_of(block).values()}
+    for name, parameter in block.named_parameters():
+        if parameter.ndim == 3 and parameter.shape[1] > 1 and name not in held:  # nor a convolution of single channels
+            shared += parameter.shape[0] * max(parameter.shape[1:])
+    for matrix in matrices_of(block).values():
+        expert = _expert_of(matrix)
+        if expert is None:
+            shared += matrix.out_features
+        else:
+            experts[expert] += matrix.out_features
+    chosen = sorted(experts.values(), reverse=True)[: _experts_per_token(block)]
+    return shared + sum(chosen)
+
+
+def _expert_of(matrix: Matrix) -> int | None:
+    """Number of the expert it belongs to: a slice of a parameter, or a module in a list of them."""
+    listed = re.search(r"\bexperts\.(\d+)\.", matrix.parameter)
+    sliced = next((step[2] for step in matrix.steps if step[0] == "select"), None)
+    return int(listed[1]) if listed else sliced
+
+
+def _experts_per_token(block: nn.Module) -> int | None:
+    """As the config says that transformers leaves with the block's modules; None if none does."""
+    configs = (getattr(module, "config", None) for module in block.modules())
+    counts = (getattr(config, name, None) for config in configs for name in EXPERTS_PER_TOKEN)
+    return next((count for count in counts if isinstance(count, int) and count > 0), None)
