@@ -12,8 +12,7 @@ no kernel here, is first decompressed to fp32 by the library that wrote it.
 The peer wants other versions of transformers, so it lives in an environment of its own:
 
     python -m venv peer
-    peer/bin/pip install torch==2.13.0
-    peer/bin/pip install llmcompressor==0.14.0.1 torch==2.13.0
+    peer/bin/pip install torch==2.13.0 llmcompressor==0.14.0.1
 
 Its defaults are used, with two exceptions: AWQ tries both families of scales, as halfbyte's does, and it computes in
 fp32 (--peer-dtype), which without bf16 instructions is several times faster but takes more memory. Prints a table, then
@@ -45,6 +44,9 @@ GROUP_SIZE = 64
 PEER = "llm-compressor"
 PEER_DRIVER = Path(__file__).parent / "peers" / "llm_compressor.py"
 PEER_METHODS = ("rtn", "awq", "gptq")
+GET_PEER = (
+    "python -m venv peer && peer/bin/pip install torch==2.13.0 llmcompressor==0.14.0.1, then --peer peer/bin/python"
+)
 # Which of ours a method of the peer is compared with: the first that was run.
 COUNTERPARTS = {"rtn": ("rtn",), "awq": ("awq",), "gptq": ("gptq", "best")}
 
@@ -59,7 +61,7 @@ def run_alone(command: Sequence[str | Path]) -> dict[str, Any]:
     shell = ["sh", "-c", '"$@"; exit $?', "sh", *map(str, command)]
     run = subprocess.run(shell, capture_output=True, text=True, check=False, env=environment)
     if run.returncode:
-        raise SystemExit(f"{' '.join(map(str, command))}: exit code {run.returncode}\n{run.stderr[-4000:]}")
+        raise RuntimeError(f"{' '.join(map(str, command))}: exit code {run.returncode}\n{run.stderr[-4000:]}")
     start = 0 if run.stdout.startswith("{") else run.stdout.rstrip().rfind("\n") + 1
     result: dict[str, Any] = json.loads(run.stdout[start:])
     return result
@@ -143,7 +145,7 @@ def main() -> None:
     test = (options.data / "wikitext2_raw_test.txt").read_text(encoding="utf-8")
     peer = has_peer(options.peer)
     if not peer:
-        print(f"{PEER}: not in {options.peer}; its rows are left out (--help says how to get it)")
+        print(f"{PEER}: not in {options.peer}; its rows are left out. To get it: {GET_PEER}")
     model = resolve_model(options.model)
     calibration = build_calibration_set(
         load_tokenizer(model),
@@ -153,6 +155,7 @@ def main() -> None:
         seed=0,
     )
     results: list[dict[str, Any]] = []
+    failed: list[str] = []
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
         write_blocks(calibration, folder / "blocks.json")
@@ -161,7 +164,11 @@ def main() -> None:
             results.append(quantize_ours(model, c4, method, output, options.samples, options.tokens))
         for method in options.peer_methods if peer else ():
             output, blocks = folder / f"peer-{method}", folder / "blocks.json"
-            results.append(quantize_peer(options.peer, model, blocks, method, output, options.peer_dtype))
+            try:
+                results.append(quantize_peer(options.peer, model, blocks, method, output, options.peer_dtype))
+            except RuntimeError as error:  # hours of the other methods are not lost for it
+                failed.append(method)
+                print(error, file=sys.stderr)
         for result in results:
             result["perplexity"] = measure_perplexity(
                 load(result.pop("folder")), test, max_windows=options.windows
@@ -174,7 +181,7 @@ def main() -> None:
             result["by"],
             result["method"],
             f"{result['seconds']:.1f} s",
-            f"{result['ratio']:.2f} × {result['ratio_to']}" if "ratio" in result else "1",
+            f"{result['ratio']:.2f} × {result['ratio_to']}" if "ratio" in result else "",
             megabytes(result["peak_memory_bytes"]),
             f"{result['perplexity']:.2f}",
         )
@@ -189,6 +196,7 @@ def main() -> None:
         "calibration": calibration.describe(),
         "windows": options.windows,
         "results": results,
+        "peer_failed": failed,
     }
     print(json.dumps(document))
 
