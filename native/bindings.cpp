@@ -2,15 +2,18 @@
 #include <nanobind/nanobind.h>
 #include <nanobind/ndarray.h>
 #include <nanobind/stl/optional.h>
+#include <nanobind/stl/shared_ptr.h>
 #include <nanobind/stl/string.h>
 #include <nanobind/stl/vector.h>
 
 #include <algorithm>
 #include <limits>
+#include <memory>
 #include <optional>
 #include <string>
 #include <vector>
 
+#include "cpu/decoder.hpp"
 #include "cpu/half_multiply.hpp"
 #include "cpu/isa.hpp"
 #include "cpu/measure.hpp"
@@ -127,6 +130,120 @@ void round_block(std::uintptr_t work, std::uintptr_t couplings, std::uintptr_t p
                         columns, static_cast<float>(max_code), revisit});
 }
 
+std::shared_ptr<Linear> make_a8(Codes codes, Floats2 scales, Codes zeros, std::optional<Floats1> bias,
+                                const std::string& tier, int bits) {
+    const std::size_t rows = codes.shape(0), cols = codes.shape(1), groups = scales.shape(1);
+    constexpr std::size_t LIMIT = std::numeric_limits<int>::max() / 64;
+    require(rows >= 1 && cols >= 1 && rows <= LIMIT && cols <= LIMIT, "codes: rows or columns out of range");
+    require(scales.shape(0) == rows && zeros.shape(0) == rows && zeros.shape(1) == groups,
+            "scales, zeros: must be [rows, groups]");
+    require(!bias || bias->shape(0) == rows, "bias: must be [rows]");
+    const Tier& picked = tier_named(tier);
+    nb::gil_scoped_release release;
+    return std::make_shared<A8Linear>(picked, codes.data(), scales.data(), zeros.data(), bias ? bias->data() : nullptr,
+                                      static_cast<int>(rows), static_cast<int>(cols), static_cast<int>(groups), bits);
+}
+
+// The weight is an address: torch has dtypes that array interfaces lack. Its owner is the caller, runtime/decoder.py.
+std::shared_ptr<Linear> make_half(std::uintptr_t weight, int dtype, int rows, int cols, std::optional<Floats1> bias,
+                                  const std::string& tier) {
+    require(weight != 0 && rows >= 1 && cols >= 1 && (dtype == 1 || dtype == 2), "half_linear: bad arguments");
+    require(!bias || bias->shape(0) == static_cast<std::size_t>(rows), "bias: must be [rows]");
+    return std::make_shared<HalfLinear>(tier_named(tier), reinterpret_cast<const void*>(weight), static_cast<DType>(dtype),
+                                        bias ? bias->data() : nullptr, rows, cols);
+}
+
+void set_rotation(Decoder& decoder, int rotation, Floats2 cosines, Floats2 sines) {
+    const auto pairs = static_cast<std::size_t>(decoder.config().rotary_pairs);
+    require(rotation >= 0 && rotation < decoder.config().rotations, "rotation: no such table");
+    require(cosines.shape(1) == pairs && sines.shape(1) == pairs && sines.shape(0) == cosines.shape(0),
+            "cosines, sines: must be [positions, rotary_pairs]");
+    decoder.set_rotation(rotation, cosines.data(), sines.data(), static_cast<int>(cosines.shape(0)));
+}
+
+void step(Decoder& decoder, KvCache& cache, Numbers ids, Numbers sequences, Numbers positions, Numbers wanted,
+          MutableFloats2 logits) {
+    const DecoderConfig& c = decoder.config();
+    const std::size_t rows = ids.shape(0);
+    require(cache.layers() == decoder.layers() && cache.kv_heads() == c.kv_heads && cache.head_dim() == c.head_dim,
+            "cache: made for another model");
+    require(rows >= 1 && rows < (std::size_t{1} << 24), "ids: must be at least one");
+    require(sequences.shape(0) == rows && positions.shape(0) == rows, "sequences, positions: must be as many as ids");
+    const int limit = std::min(cache.capacity(), decoder.rotation_positions());
+    require(in_range(ids, c.vocabulary, false), "ids: must be below the vocabulary");
+    require(in_range(sequences, cache.sequences(), false), "sequences: must be below the cache's");
+    require(in_range(positions, limit, false), "positions: must be below the capacity");
+    require(in_range(wanted, rows, true), "wanted: must be ascending rows");
+    require(logits.shape(0) == wanted.shape(0) && (wanted.shape(0) == 0 || logits.shape(1) == static_cast<std::size_t>(c.vocabulary)),
+            "logits: must be [wanted, vocabulary]");
+    nb::gil_scoped_release release;
+    decoder.step(cache, {ids.data(), sequences.data(), positions.data(), static_cast<int>(rows), wanted.data(),
+                         static_cast<int>(wanted.shape(0)), logits.data()});
+}
+
+void bind_decoder(nb::module_& m) {
+    nb::class_<Linear>(m, "Linear", "One matrix of a decoder.")
+        .def_prop_ro("rows", &Linear::rows)
+        .def_prop_ro("columns", &Linear::cols)
+        .def_prop_ro("nbytes", &Linear::nbytes)
+        .def_prop_ro("form", &Linear::form);
+    m.def("a8_linear", &make_a8, "codes"_a, "scales"_a, "zeros"_a, "bias"_a.none(), "tier"_a, "bits"_a);
+    m.def("a16_linear", [](std::shared_ptr<W4Matrix> matrix) -> std::shared_ptr<Linear> {
+        return std::make_shared<A16Linear>(std::move(matrix));
+    }, "matrix"_a);
+    m.def("half_linear", &make_half, "weight"_a, "dtype"_a, "rows"_a, "cols"_a, "bias"_a.none(), "tier"_a);
+
+    nb::class_<DecoderConfig>(m, "DecoderConfig", "An architecture as data.")
+        .def(nb::init<>())
+        .def_rw("hidden", &DecoderConfig::hidden)
+        .def_rw("heads", &DecoderConfig::heads)
+        .def_rw("kv_heads", &DecoderConfig::kv_heads)
+        .def_rw("head_dim", &DecoderConfig::head_dim)
+        .def_rw("intermediate", &DecoderConfig::intermediate)
+        .def_rw("vocabulary", &DecoderConfig::vocabulary)
+        .def_rw("rotary_pairs", &DecoderConfig::rotary_pairs)
+        .def_rw("rotations", &DecoderConfig::rotations)
+        .def_rw("epsilon", &DecoderConfig::epsilon)
+        .def_rw("attention_scale", &DecoderConfig::attention_scale)
+        .def_rw("attention_softcap", &DecoderConfig::attention_softcap)
+        .def_rw("embedding_scale", &DecoderConfig::embedding_scale)
+        .def_rw("residual_scale", &DecoderConfig::residual_scale)
+        .def_rw("logits_scale", &DecoderConfig::logits_scale)
+        .def_rw("logits_softcap", &DecoderConfig::logits_softcap)
+        .def_rw("activation", &DecoderConfig::activation)
+        .def_rw("qk_norm", &DecoderConfig::qk_norm);
+
+    nb::class_<DecoderLayer>(m, "DecoderLayer", "One layer: its matrices and norms.")
+        .def("__init__", [](DecoderLayer* self, std::vector<std::shared_ptr<Linear>> qkv, std::shared_ptr<Linear> output,
+                            std::vector<std::shared_ptr<Linear>> gate_up, std::shared_ptr<Linear> down,
+                            std::vector<std::vector<float>> norms, int window, int rotation) {
+            require(norms.size() == 6, "norms: must be six");
+            new (self) DecoderLayer{{qkv.begin(), qkv.end()}, std::move(output), {gate_up.begin(), gate_up.end()},
+                                    std::move(down), std::move(norms[0]), std::move(norms[1]), std::move(norms[2]),
+                                    std::move(norms[3]), std::move(norms[4]), std::move(norms[5]), window, rotation};
+        }, "qkv"_a, "output"_a, "gate_up"_a, "down"_a, "norms"_a, "window"_a, "rotation"_a);
+
+    nb::class_<KvCache>(m, "KvCache", "Keys and values of some sequences.")
+        .def(nb::init<int, int, int, int, int>(), "layers"_a, "sequences"_a, "kv_heads"_a, "head_dim"_a, "capacity"_a)
+        .def_prop_ro("sequences", &KvCache::sequences)
+        .def_prop_ro("capacity", &KvCache::capacity)
+        .def_prop_ro("nbytes", &KvCache::nbytes);
+
+    nb::class_<Decoder>(m, "Decoder", "A decoder-only transformer: one call a step.")
+        .def("__init__", [](Decoder* self, const DecoderConfig& config, const std::vector<DecoderLayer*>& layers,
+                            std::vector<float> final_norm, std::shared_ptr<Linear> head, std::uintptr_t embedding,
+                            int embedding_dtype, const std::string& tier) {
+            require(embedding != 0 && embedding_dtype >= 0 && embedding_dtype <= 2, "embedding: bad arguments");
+            std::vector<DecoderLayer> copies;
+            for (const DecoderLayer* layer : layers) copies.push_back(*layer);
+            new (self) Decoder(tier_named(tier), config, std::move(copies), std::move(final_norm), std::move(head),
+                               reinterpret_cast<const void*>(embedding), static_cast<DType>(embedding_dtype));
+        }, "config"_a, "layers"_a, "final_norm"_a, "head"_a, "embedding"_a, "embedding_dtype"_a, "tier"_a)
+        .def("set_rotation", &set_rotation, "rotation"_a, "cosines"_a, "sines"_a)
+        .def("step", &step, "cache"_a, "ids"_a, "sequences"_a, "positions"_a, "wanted"_a, "logits"_a)
+        .def_prop_ro("nbytes", &Decoder::nbytes);
+}
+
 void dequantize(const W4Matrix& matrix, MutableFloats2 out) {
     if (out.shape(0) != static_cast<std::size_t>(matrix.rows()) || out.shape(1) != static_cast<std::size_t>(matrix.cols()))
         throw nb::value_error("out: must be [rows, columns]");
@@ -169,6 +286,8 @@ NB_MODULE(_native, m) {
 
     m.def("round_block", &round_block, "work"_a, "couplings"_a, "pivots"_a, "scales"_a, "zeros"_a, "codes"_a, "moved"_a,
           "rows"_a, "stride"_a, "columns"_a, "max_code"_a, "revisit"_a, "tier"_a);
+
+    bind_decoder(m);
 
     nb::class_<W4Matrix>(m, "W4Matrix", "An INT4 or INT8 matrix in kernel layout.")
         .def(nb::new_(&make_matrix), "codes"_a, "scales"_a, "offsets"_a, "bias"_a.none(), "group_size"_a, "tier"_a,

@@ -83,6 +83,17 @@ struct ThreadPool::State {
             std::thread([this, id = started + 1] { worker(id); }).detach();
     }
 
+    // The caller holds `busy`.
+    void share(int chunks, const std::function<void(int)>& task) {
+        start_workers();
+        publish(chunks, task);
+        work();
+        // A chunk takes microseconds. If one takes longer, its worker may be waiting for the very core we are spinning on.
+        for (int spins = 0; done.load(std::memory_order_acquire) < chunks; ++spins)
+            if (spins < SPINS_BEFORE_YIELD) pause();
+            else std::this_thread::yield();
+    }
+
     void publish(int chunks, const std::function<void(int)>& task) {
         fn = &task;
         done.store(0, std::memory_order_relaxed);
@@ -129,13 +140,16 @@ void ThreadPool::run(int chunks, const std::function<void(int)>& fn) {
         for (int chunk = 0; chunk < chunks; ++chunk) fn(chunk);
         return;
     }
-    state.start_workers();
-    state.publish(chunks, fn);
-    state.work();
-    // A chunk takes microseconds. If one takes longer, its worker may be waiting for the very core we are spinning on.
-    for (int spins = 0; state.done.load(std::memory_order_acquire) < chunks; ++spins)
-        if (spins < SPINS_BEFORE_YIELD) pause();
-        else std::this_thread::yield();
+    state.share(chunks, fn);
+}
+
+void ThreadPool::run_team(const std::function<void(Team&, int)>& fn) {
+    State& state = *state_;
+    std::unique_lock<std::mutex> lock(state.busy, std::try_to_lock);
+    Team team(lock.owns_lock() ? g_threads.load() : 1);
+    if (team.size() == 1) return fn(team, 0);
+    // A member is one chunk. It ends when all have ended, so no thread can claim two.
+    state.share(team.size(), [&](int id) { fn(team, id); });
 }
 
 }  // namespace halfbyte

@@ -8,6 +8,8 @@
 
 #include <functional>
 
+#include "team.hpp"
+
 namespace halfbyte {
 
 class ThreadPool {
@@ -22,6 +24,10 @@ class ThreadPool {
     // Call fn(chunk) for every chunk in [0, chunks), in any order, and return when all have returned. A call made while
     // another thread's is running, or from inside one, runs in the caller alone. fn must not throw.
     void run(int chunks, const std::function<void(int)>& fn);
+
+    // Call fn(team, id) once on each of threads() threads, all at the same time. Where `run` would have worked alone, the team
+    // is the caller.
+    void run_team(const std::function<void(Team&, int)>& fn);
 
    private:
     ThreadPool();

@@ -1,7 +1,10 @@
 // All that a tier provides, from one small vector type S. Included by tier_*.cpp only.
 #pragma once
 
+#include "a8_kernel.hpp"
+#include "attention_kernel.hpp"
 #include "half_kernel.hpp"
+#include "math_kernel.hpp"
 #include "rounding_kernel.hpp"
 #include "w4_kernel.hpp"
 
@@ -44,8 +47,19 @@ struct TierOf {
     }
 
     static constexpr Tier tier(const char* name) {
-        return {name, S::GEMV_BLOCKS, S::TILE_ROWS, S::PANEL_BLOCKS, W4Kernel<S, 4>::product(), W4Kernel<S, 8>::product(),
-                HalfKernel<S>::multiply, RoundingKernel<S>::round_block, read, fma};
+        return {name,
+                S::GEMV_BLOCKS,
+                S::TILE_ROWS,
+                S::PANEL_BLOCKS,
+                W4Kernel<S, 4>::product(),
+                W4Kernel<S, 8>::product(),
+                HalfKernel<S>::multiply,
+                A8Kernel<S>::product(),
+                AttentionKernel<S>::attend,
+                MathKernel<S>::math(),
+                RoundingKernel<S>::round_block,
+                read,
+                fma};
     }
 };
 

@@ -31,6 +31,76 @@ struct Avx2 : F16C {
         return _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
     }
 
+    static constexpr int A8_VECTORS_1 = 2, A8_VECTORS_2 = 2, A8_VECTORS_4 = 1, A8_BLOCKS = 2;
+    static I zero() { return _mm256_setzero_si256(); }
+    static F to_float(I words) { return _mm256_cvtepi32_ps(words); }
+    static I load_zeros(const std::uint8_t* p) {
+        return _mm256_cvtepu8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(p)));
+    }
+    static I minus_product(I acc, I zeros, std::int32_t sum) {
+        return _mm256_sub_epi32(acc, _mm256_mullo_epi32(zeros, _mm256_set1_epi32(sum)));
+    }
+    static I broadcast4(const std::int8_t* x) {
+        std::int32_t word;
+        std::memcpy(&word, x, sizeof word);
+        return _mm256_set1_epi32(word);
+    }
+    // Products of pairs are summed in 16 bits: 4 octets · 2 halves · 15 · 127 · 2 < 2^15.
+    template <int M, int V>
+    static inline void dot32_nibbles(const std::uint32_t* const (&words)[V], const std::int8_t* const (&x)[M],
+                                     I (&acc)[M][V]) {
+        const I mask = _mm256_set1_epi8(15);
+        I pairs[M][V];
+        for (int octet = 0; octet < 4; ++octet) {
+            I low[V], high[V];
+            for (int v = 0; v < V; ++v) {
+                const I line = load_words(words[v] + octet * BLOCK_ROWS);
+                low[v] = _mm256_and_si256(line, mask);
+                high[v] = _mm256_and_si256(_mm256_srli_epi32(line, 4), mask);
+            }
+            for (int m = 0; m < M; ++m) {
+                const I x_low = broadcast4(x[m] + octet * OCTET), x_high = broadcast4(x[m] + octet * OCTET + 4);
+                for (int v = 0; v < V; ++v) {
+                    const I sum = _mm256_add_epi16(_mm256_maddubs_epi16(low[v], x_low), _mm256_maddubs_epi16(high[v], x_high));
+                    pairs[m][v] = octet == 0 ? sum : _mm256_add_epi16(pairs[m][v], sum);
+                }
+            }
+        }
+        add_pairs(pairs, 1, acc);
+    }
+    // A byte is two nibbles: one would overflow 16 bits.
+    template <int M, int V>
+    static inline void dot32_bytes(const std::uint32_t* const (&words)[V], const std::int8_t* const (&x)[M],
+                                   I (&acc)[M][V]) {
+        const I mask = _mm256_set1_epi8(15);
+        I low_pairs[M][V], high_pairs[M][V];
+        for (int line = 0; line < 8; ++line) {
+            I low[V], high[V];
+            for (int v = 0; v < V; ++v) {
+                const I bytes = load_words(words[v] + line * BLOCK_ROWS);
+                low[v] = _mm256_and_si256(bytes, mask);
+                high[v] = _mm256_and_si256(_mm256_srli_epi32(bytes, 4), mask);
+            }
+            for (int m = 0; m < M; ++m) {
+                const I inputs = broadcast4(x[m] + line * 4);
+                for (int v = 0; v < V; ++v) {
+                    const I of_low = _mm256_maddubs_epi16(low[v], inputs), of_high = _mm256_maddubs_epi16(high[v], inputs);
+                    low_pairs[m][v] = line == 0 ? of_low : _mm256_add_epi16(low_pairs[m][v], of_low);
+                    high_pairs[m][v] = line == 0 ? of_high : _mm256_add_epi16(high_pairs[m][v], of_high);
+                }
+            }
+        }
+        add_pairs(low_pairs, 1, acc);
+        add_pairs(high_pairs, 16, acc);
+    }
+    template <int M, int V>
+    static inline void add_pairs(const I (&pairs)[M][V], int factor, I (&acc)[M][V]) {
+        const I factors = _mm256_set1_epi16(static_cast<short>(factor));
+        for (int m = 0; m < M; ++m)
+            for (int v = 0; v < V; ++v)
+                acc[m][v] = _mm256_add_epi32(acc[m][v], _mm256_madd_epi16(pairs[m][v], factors));
+    }
+
     static constexpr const float (&NIBBLE_SCALE)[OCTET] = IN_PLACE_NIBBLE;
     static constexpr const float (&BYTE_SCALE)[OCTET] = IN_PLACE_BYTE;
     template <int N>

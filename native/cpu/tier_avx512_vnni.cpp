@@ -42,6 +42,49 @@ struct Avx512 : F16C {
         return _mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
     }
 
+    static constexpr int A8_VECTORS_1 = 4, A8_VECTORS_2 = 4, A8_VECTORS_4 = 2, A8_BLOCKS = 4;
+    static I zero() { return _mm512_setzero_si512(); }
+    static F to_float(I words) { return _mm512_cvtepi32_ps(words); }
+    static I load_zeros(const std::uint8_t* p) {
+        return _mm512_cvtepu8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
+    }
+    static I minus_product(I acc, I zeros, std::int32_t sum) {
+        return _mm512_sub_epi32(acc, _mm512_mullo_epi32(zeros, _mm512_set1_epi32(sum)));
+    }
+    static I broadcast4(const std::int8_t* x) {
+        std::int32_t word;
+        std::memcpy(&word, x, sizeof word);
+        return _mm512_set1_epi32(word);
+    }
+    template <int M, int V>
+    static inline void dot32_nibbles(const std::uint32_t* const (&words)[V], const std::int8_t* const (&x)[M],
+                                     I (&acc)[M][V]) {
+        const I mask = _mm512_set1_epi32(0x0F0F0F0F);
+        for (int octet = 0; octet < 4; ++octet) {
+            I low[V], high[V];
+            for (int v = 0; v < V; ++v) {
+                const I line = load_words(words[v] + octet * BLOCK_ROWS);
+                low[v] = _mm512_and_si512(line, mask);
+                high[v] = _mm512_and_si512(_mm512_srli_epi32(line, 4), mask);
+            }
+            for (int m = 0; m < M; ++m) {
+                const I x_low = broadcast4(x[m] + octet * OCTET), x_high = broadcast4(x[m] + octet * OCTET + 4);
+                for (int v = 0; v < V; ++v)
+                    acc[m][v] = _mm512_dpbusd_epi32(_mm512_dpbusd_epi32(acc[m][v], low[v], x_low), high[v], x_high);
+            }
+        }
+    }
+    template <int M, int V>
+    static inline void dot32_bytes(const std::uint32_t* const (&words)[V], const std::int8_t* const (&x)[M],
+                                   I (&acc)[M][V]) {
+        for (int line = 0; line < 8; ++line)
+            for (int v = 0; v < V; ++v) {
+                const I codes = load_words(words[v] + line * BLOCK_ROWS);
+                for (int m = 0; m < M; ++m)
+                    acc[m][v] = _mm512_dpbusd_epi32(acc[m][v], codes, broadcast4(x[m] + line * 4));
+            }
+    }
+
     static constexpr float NIBBLE_SCALE[OCTET] = {1, 1, 1, 1, 1, 1, 1, 1};
     static constexpr const float (&BYTE_SCALE)[OCTET] = IN_PLACE_BYTE;
     template <int N>

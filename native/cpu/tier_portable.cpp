@@ -37,6 +37,37 @@ struct Portable {
         for (int i = 0; i < count; ++i) target[i] = to_f16(source[i]);
     }
 
+    static constexpr int A8_VECTORS_1 = 2, A8_VECTORS_2 = 2, A8_VECTORS_4 = 1, A8_BLOCKS = 2;
+    static I zero() { return I{}; }
+    static F to_float(I words) { return __builtin_convertvector(words, F); }
+    static I load_zeros(const std::uint8_t* p) { return I{p[0], p[1], p[2], p[3]}; }
+    static I minus_product(I acc, I zeros, std::int32_t sum) { return acc - zeros * sum; }
+    template <int M, int V>
+    static inline void dot32_nibbles(const std::uint32_t* const (&words)[V], const std::int8_t* const (&x)[M],
+                                     I (&acc)[M][V]) {
+        for (int octet = 0; octet < 4; ++octet)
+            for (int v = 0; v < V; ++v) {
+                const I line = load_words(words[v] + octet * BLOCK_ROWS);
+                for (int i = 0; i < 4; ++i) {
+                    const I low = (line >> (8 * i)) & 15, high = (line >> (8 * i + 4)) & 15;
+                    for (int m = 0; m < M; ++m)
+                        acc[m][v] += low * x[m][octet * OCTET + i] + high * x[m][octet * OCTET + 4 + i];
+                }
+            }
+    }
+    template <int M, int V>
+    static inline void dot32_bytes(const std::uint32_t* const (&words)[V], const std::int8_t* const (&x)[M],
+                                   I (&acc)[M][V]) {
+        for (int line = 0; line < 8; ++line)
+            for (int v = 0; v < V; ++v) {
+                const I bytes = load_words(words[v] + line * BLOCK_ROWS);
+                for (int i = 0; i < 4; ++i) {
+                    const I codes = (bytes >> (8 * i)) & 255;
+                    for (int m = 0; m < M; ++m) acc[m][v] += codes * x[m][line * 4 + i];
+                }
+            }
+    }
+
     static constexpr const float (&NIBBLE_SCALE)[OCTET] = IN_PLACE_NIBBLE;
     static constexpr const float (&BYTE_SCALE)[OCTET] = IN_PLACE_BYTE;
     template <int N>

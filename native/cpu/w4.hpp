@@ -25,6 +25,8 @@
 #include <cstddef>
 #include <cstdint>
 
+#include "a8.hpp"
+#include "decoder_math.hpp"
 #include "rounding.hpp"
 
 namespace halfbyte {
@@ -93,6 +95,9 @@ struct Tier {
     // M <= HALF_ROWS, weight [..][cols] in bf16 or f16; x: [M][x_stride] float32, zero from cols to a multiple of 64.
     void (*half_multiply)(const void* weight, DType, int cols, const float* x, std::size_t x_stride, int m, const Output&,
                           int row_begin, int row_end);
+    A8Product a8;
+    void (*attend)(const AttentionSpan&);
+    DecoderMath math;
     void (*round_block)(const RoundingBlock&);
     // For the rooflines: read n bytes (a multiple of 256); run `steps` rounds of independent FMAs, returning their flops.
     float (*read)(const void* data, std::size_t n);

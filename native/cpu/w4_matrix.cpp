@@ -174,6 +174,16 @@ void W4Matrix::multiply_small(const void* x, std::size_t x_stride, int m, DType 
         dtype = DType::f32;
         x_kept = ordered + inputs;
     }
+    const Tiles tiles = prepare_tiles(x, x_stride, m, dtype);
+    const std::size_t work = static_cast<std::size_t>(view_.rows) * cols_ * m;
+    const int strip = tier_.gemv_blocks, strips = (view_.blocks + strip - 1) / strip;
+    parallel(strips, work, [&](int begin, int end) {
+        product().gemv(view_, tiles.x, tiles.sums, x_kept, m, out, begin * strip, std::min(end * strip, view_.blocks));
+    });
+}
+
+W4Matrix::Tiles W4Matrix::prepare_tiles(const void* x, std::size_t x_stride, int m, DType dtype) const {
+    const int inputs = view_.octets * OCTET;
     float* rows = scratch(static_cast<std::size_t>(m) * (inputs + view_.groups));
     float* sums = rows + static_cast<std::size_t>(m) * inputs;
     for (int row = 0; row < m; ++row) {
@@ -182,11 +192,29 @@ void W4Matrix::multiply_small(const void* x, std::size_t x_stride, int m, DType 
                               rows + static_cast<std::size_t>(first) * inputs + (row - first) * OCTET, tile * OCTET,
                               sums + static_cast<std::size_t>(row) * view_.groups);
     }
-    const std::size_t work = static_cast<std::size_t>(view_.rows) * cols_ * m;
-    const int strip = tier_.gemv_blocks, strips = (view_.blocks + strip - 1) / strip;
-    parallel(strips, work, [&](int begin, int end) {
-        product().gemv(view_, rows, sums, x_kept, m, out, begin * strip, std::min(end * strip, view_.blocks));
-    });
+    return {rows, sums};
+}
+
+void W4Matrix::order_row(const float* x, float* row) const {
+    if (order_.natural)
+        std::memcpy(row, x, sizeof(float) * cols_);
+    else
+        order_.gather(x, DType::f32, row);
+}
+
+void W4Matrix::multiply_blocks(const float* x, std::size_t x_stride, int m, float* y, std::size_t y_stride, int begin,
+                               int end) const {
+    const Tiles tiles = prepare_tiles(x, x_stride, m, DType::f32);
+    std::vector<float> kept;  // as `gemv` wants them: view().cols floats apart
+    const float* x_kept = nullptr;
+    if (!order_.natural) {
+        kept.resize(static_cast<std::size_t>(m) * view_.cols);
+        for (int row = 0; row < m; ++row)
+            std::memcpy(kept.data() + static_cast<std::size_t>(row) * view_.cols, x + row * x_stride,
+                        sizeof(float) * view_.cols);
+        x_kept = kept.data() + view_.octets * OCTET;
+    }
+    product().gemv(view_, tiles.x, tiles.sums, x_kept, m, {y, DType::f32, y_stride, view_.rows, bias_}, begin, end);
 }
 
 void W4Matrix::multiply_large(const void* x, std::size_t x_stride, int m, DType dtype, const Output& out) const {

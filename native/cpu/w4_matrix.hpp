@@ -51,6 +51,14 @@ class W4Matrix {
     // y[m][rows] = x[m][cols] · Wᵀ + bias; rows of x are x_stride elements apart, y is contiguous.
     void multiply(const void* x, std::size_t x_stride, void* y, int m, DType dtype) const;
 
+    // For callers that divide the work themselves: one row x [cols] as `multiply_blocks` takes it, view().cols floats;
+    void order_row(const float* x, float* row) const;
+    // then blocks [begin, end) of m <= SMALL_M such rows, x_stride floats apart.
+    void multiply_blocks(const float* x, std::size_t x_stride, int m, float* y, std::size_t y_stride, int begin,
+                         int end) const;
+    const W4View& view() const { return view_; }
+    bool natural() const { return order_.natural; }
+
     // float32 [rows][cols] from the packed form, with what scales the inputs.
     void dequantize(float* out) const;
 
@@ -61,6 +69,11 @@ class W4Matrix {
 
    private:
     void pack(const W4Parts& parts, int begin, int end);
+    struct Tiles {
+        const float* x;
+        const float* sums;
+    };
+    Tiles prepare_tiles(const void* x, std::size_t x_stride, int m, DType dtype) const;
     void multiply_small(const void* x, std::size_t x_stride, int m, DType dtype, const Output& out) const;
     void multiply_large(const void* x, std::size_t x_stride, int m, DType dtype, const Output& out) const;
     const Product& product() const { return view_.bits == 4 ? tier_.nibbles : tier_.bytes; }

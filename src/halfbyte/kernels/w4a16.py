@@ -10,6 +10,8 @@ Three implementations of one contract, each of which honours every field of `Qua
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 
 from halfbyte.errors import UnsupportedError
@@ -17,6 +19,27 @@ from halfbyte.kernels.registry import Kernel, PreparedLinear, Verdict, explain, 
 from halfbyte.tensor import QuantizedTensor
 
 _NATIVE_DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
+
+
+def pack_native(weight: QuantizedTensor, tier: str) -> Any:
+    """The native core's packed matrix of a weight on the CPU."""
+    from halfbyte import _native
+
+    index, scale, columns, kept = weight.group_index, weight.input_scale, weight.kept_columns, weight.kept_weight
+    return _native.W4Matrix(
+        codes=weight.codes.contiguous().numpy(),
+        scales=weight.scales.contiguous().numpy(),
+        offsets=weight.offsets.contiguous().numpy(),
+        bias=None if weight.bias is None else weight.bias.detach().float().contiguous().numpy(),
+        group_size=min(weight.group_size, weight.in_features),
+        tier=tier,
+        bits=4 if weight.bits <= 4 else 8,
+        group_index=None if index is None else index.contiguous().numpy(),
+        input_scale=None if scale is None else scale.contiguous().numpy(),
+        kept_columns=None if columns is None else columns.contiguous().numpy(),
+        kept_weight=None if kept is None else kept.contiguous().view(torch.uint16).numpy(),
+        kept_dtype=_NATIVE_DTYPES[torch.bfloat16 if kept is None else kept.dtype],
+    )
 
 
 class NativeLinear:
@@ -28,21 +51,7 @@ class NativeLinear:
 
         del device  # always the CPU: the registry saw to it
         _native.set_threads(thread_count())
-        index, scale, columns, kept = weight.group_index, weight.input_scale, weight.kept_columns, weight.kept_weight
-        self._matrix = _native.W4Matrix(
-            codes=weight.codes.contiguous().numpy(),
-            scales=weight.scales.contiguous().numpy(),
-            offsets=weight.offsets.contiguous().numpy(),
-            bias=None if weight.bias is None else weight.bias.detach().float().contiguous().numpy(),
-            group_size=min(weight.group_size, weight.in_features),
-            tier=pick_tier(),
-            bits=4 if weight.bits <= 4 else 8,
-            group_index=None if index is None else index.contiguous().numpy(),
-            input_scale=None if scale is None else scale.contiguous().numpy(),
-            kept_columns=None if columns is None else columns.contiguous().numpy(),
-            kept_weight=None if kept is None else kept.contiguous().view(torch.uint16).numpy(),
-            kept_dtype=_NATIVE_DTYPES[torch.bfloat16 if kept is None else kept.dtype],
-        )
+        self._matrix = pack_native(weight, pick_tier())
         self._multiply = self._matrix.multiply
         self._in, self._out = weight.in_features, weight.out_features
         self.nbytes = self._matrix.nbytes
@@ -50,7 +59,8 @@ class NativeLinear:
     @property
     def tier(self) -> str:
         """The instruction-set tier it was laid out for."""
-        return self._matrix.tier
+        tier: str = self._matrix.tier
+        return tier
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
         """See `PreparedLinear`."""

@@ -1,0 +1,108 @@
+// One span of attention, see attention.hpp. Included by tier.hpp only.
+//
+// Scores: for each 16 positions and each d one load of keys per vector, widened from fp16, and one FMA a query: a chain over d
+// for each score. Values: one chain over the positions for each query and d. Operations: 2 · head_dim FMAs a query and
+// position, and 2 · head_dim conversions a position, shared by the queries.
+#pragma once
+
+#include "attention.hpp"
+#include "math_kernel.hpp"
+
+namespace halfbyte {
+namespace {
+
+template <class S>
+struct AttentionKernel {
+    using F = typename S::F;
+    static constexpr int VECTORS = KEY_BLOCK / S::WIDTH;
+    static constexpr int VALUE_VECTORS = 16 / S::WIDTH < 2 ? 2 : 16 / S::WIDTH;  // of head_dim at a time; 2 or 4
+
+    static constexpr int LANES = 16;  // chains: one would wait for each addition
+
+    static float largest(const float* w, int n) {
+        float lanes[LANES];
+        for (int l = 0; l < LANES; ++l) lanes[l] = w[0];
+        int i = 0;
+        for (; i + LANES <= n; i += LANES)
+            for (int l = 0; l < LANES; ++l) lanes[l] = w[i + l] > lanes[l] ? w[i + l] : lanes[l];
+        for (; i < n; ++i) lanes[0] = w[i] > lanes[0] ? w[i] : lanes[0];
+        for (int l = 1; l < LANES; ++l) lanes[0] = lanes[l] > lanes[0] ? lanes[l] : lanes[0];
+        return lanes[0];
+    }
+
+    static float total(const float* w, int n) {
+        float lanes[LANES] = {};
+        int i = 0;
+        for (; i + LANES <= n; i += LANES)
+            for (int l = 0; l < LANES; ++l) lanes[l] += w[i + l];
+        for (; i < n; ++i) lanes[0] += w[i];
+        for (int l = 1; l < LANES; ++l) lanes[0] += lanes[l];
+        return lanes[0];
+    }
+
+    template <int Q>
+    static inline void scores(const AttentionSpan& a, const std::uint16_t* keys, float (*out)[SPAN], int at) {
+        F acc[Q][VECTORS];
+        for (int q = 0; q < Q; ++q)
+            for (int v = 0; v < VECTORS; ++v) acc[q][v] = S::set1(0.0f);
+        for (int d = 0; d < a.head_dim; ++d)
+            for (int v = 0; v < VECTORS; ++v) {
+                const F key = S::load_f16(keys + static_cast<std::size_t>(d) * KEY_BLOCK + v * S::WIDTH);
+                for (int q = 0; q < Q; ++q)
+                    acc[q][v] = S::fma(S::set1(a.queries[q * a.query_stride + d]), key, acc[q][v]);
+            }
+        for (int q = 0; q < Q; ++q)
+            for (int v = 0; v < VECTORS; ++v) S::store(out[q] + at + v * S::WIDTH, acc[q][v]);
+    }
+
+    template <int Q, int V>
+    static inline void values_at(const AttentionSpan& a, const float (*weights)[SPAN], int first, int last, int d) {
+        F acc[Q][V];
+        for (int q = 0; q < Q; ++q)
+            for (int v = 0; v < V; ++v) acc[q][v] = S::set1(0.0f);
+        for (int i = first; i < last; ++i) {
+            const std::uint16_t* row = a.values + (static_cast<std::size_t>(a.span) * SPAN + i) * a.head_dim + d;
+            F value[V];
+            for (int v = 0; v < V; ++v) value[v] = S::load_f16(row + v * S::WIDTH);
+            for (int q = 0; q < Q; ++q) {
+                const F weight = S::set1(weights[q][i]);
+                for (int v = 0; v < V; ++v) acc[q][v] = S::fma(weight, value[v], acc[q][v]);
+            }
+        }
+        for (int q = 0; q < Q; ++q)
+            for (int v = 0; v < V; ++v) S::store(a.result + q * a.result_stride + 2 + d + v * S::WIDTH, acc[q][v]);
+    }
+
+    template <int Q>
+    __attribute__((noinline)) static void attend_queries(const AttentionSpan& a) {
+        alignas(64) float weights[Q][SPAN];
+        const int first = a.begin - a.span * SPAN, last = a.end - a.span * SPAN;
+        const int begin = first / KEY_BLOCK * KEY_BLOCK;
+        for (int i = begin; i < last; i += KEY_BLOCK)
+            scores<Q>(a, a.keys + (static_cast<std::size_t>(a.span) * SPAN + i) * a.head_dim, weights, i);
+        for (int q = 0; q < Q; ++q) {
+            float* w = weights[q];
+            if (a.softcap != 0.0f) MathKernel<S>::softcap(w + first, last - first, a.softcap);
+            const float most = largest(w + first, last - first);
+            for (int i = first; i < last; ++i) w[i] = exp_of(w[i] - most);
+            a.result[q * a.result_stride] = most;
+            a.result[q * a.result_stride + 1] = total(w + first, last - first);
+        }
+        int d = 0;
+        for (; d + VALUE_VECTORS * S::WIDTH <= a.head_dim; d += VALUE_VECTORS * S::WIDTH)
+            values_at<Q, VALUE_VECTORS>(a, weights, first, last, d);
+        for (; d < a.head_dim; d += S::WIDTH) values_at<Q, 1>(a, weights, first, last, d);
+    }
+
+    static void attend(const AttentionSpan& a) {
+        switch (a.count) {
+            case 1: return attend_queries<1>(a);
+            case 2: return attend_queries<2>(a);
+            case 3: return attend_queries<3>(a);
+            default: return attend_queries<4>(a);
+        }
+    }
+};
+
+}  // namespace
+}  // namespace halfbyte

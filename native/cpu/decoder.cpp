@@ -1,0 +1,455 @@
+#include "decoder.hpp"
+
+#include <sys/mman.h>
+
+#include <algorithm>
+#include <cmath>
+#include <cstring>
+#include <limits>
+#include <new>
+#include <stdexcept>
+#include <string>
+
+#include "dtypes.hpp"
+#include "parallel.hpp"
+#include "thread_pool.hpp"
+
+namespace halfbyte {
+
+namespace {
+
+// With at most this many rows every thread prepares all of them for itself.
+constexpr int REDUNDANT_ROWS = 2;
+// Largest score and sum of a span, before its values.
+constexpr int SPAN_HEADER = 2;
+
+void require(bool holds, const std::string& otherwise) {
+    if (!holds) throw std::invalid_argument(otherwise);
+}
+
+int total_rows(const std::vector<std::shared_ptr<const Linear>>& parts) {
+    int rows = 0;
+    for (const auto& part : parts) rows += part->rows();
+    return rows;
+}
+
+}  // namespace
+
+KvCache::KvCache(int layers, int sequences, int kv_heads, int head_dim, int capacity)
+    : layers_(layers), sequences_(sequences), kv_heads_(kv_heads), head_dim_(head_dim) {
+    require(layers > 0 && sequences > 0 && kv_heads > 0 && head_dim > 0 && capacity > 0, "cache: sizes must be positive");
+    capacity_ = static_cast<int>(round_up(capacity, KEY_BLOCK));
+    stride_ = static_cast<std::size_t>(capacity_) * head_dim;
+    void* memory = mmap(nullptr, nbytes(), PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+    if (memory == MAP_FAILED) throw std::bad_alloc();
+    data_ = static_cast<std::uint16_t*>(memory);
+}
+
+KvCache::~KvCache() { munmap(data_, nbytes()); }
+
+std::size_t KvCache::nbytes() const {
+    return static_cast<std::size_t>(layers_) * sequences_ * kv_heads_ * 2 * stride_ * sizeof(std::uint16_t);
+}
+
+// Linears that share their input, one after the other in the output.
+struct Decoder::Projection {
+    std::vector<const Linear*> parts;
+
+    explicit Projection(const Linear& only) : parts{&only} {}
+    explicit Projection(const std::vector<std::shared_ptr<const Linear>>& linears) {
+        for (const auto& linear : linears) parts.push_back(linear.get());
+    }
+
+    // The earlier part whose prepared rows part i takes, or i itself.
+    std::size_t same_form(std::size_t i) const {
+        for (std::size_t j = 0; j < i; ++j)
+            if (parts[j]->form() == parts[i]->form()) return j;
+        return i;
+    }
+};
+
+// One chunk of rows on its way through the layers.
+struct Decoder::Work {
+    KvCache& cache;
+    const DecoderStep& step;
+    int first, rows;  // of the step
+    std::vector<int> wanted;
+    float* logits;
+    std::size_t qkv_stride, wide_stride, result_stride;
+    std::size_t prepared_bytes;  // of one row, for the widest projection
+    // [rows][...], 64-byte aligned
+    std::vector<float> memory;
+    float *x, *qkv, *y, *wide, *results;
+    std::vector<std::uint8_t> shared;                // prepared rows for all
+    std::vector<std::vector<std::uint8_t>> prepared;  // prepared rows of each thread
+    std::vector<std::vector<float>> scratch;          // of each thread: one row
+    int most_spans = 1;
+
+    int position(int row) const { return step.positions[first + row]; }
+    int sequence(int row) const { return step.sequences[first + row]; }
+};
+
+Decoder::Decoder(const Tier& tier, const DecoderConfig& config, std::vector<DecoderLayer> layers,
+                 std::vector<float> final_norm, std::shared_ptr<const Linear> head, const void* embedding,
+                 DType embedding_dtype)
+    : tier_(tier),
+      config_(config),
+      layers_(std::move(layers)),
+      final_norm_(std::move(final_norm)),
+      head_(std::move(head)),
+      embedding_(embedding),
+      embedding_dtype_(embedding_dtype),
+      rotations_(config.rotations) {
+    const DecoderConfig& c = config_;
+    require(c.hidden > 0 && c.heads > 0 && c.kv_heads > 0 && c.intermediate > 0 && c.vocabulary > 0, "config: sizes must be positive");
+    require(c.heads % c.kv_heads == 0, "config: heads must be a multiple of kv_heads");
+    require(c.head_dim > 0 && c.head_dim % 16 == 0, "config: head_dim must be a multiple of 16");
+    require(c.rotary_pairs >= 0 && 2 * c.rotary_pairs <= c.head_dim, "config: rotary_pairs is more than half of head_dim");
+    require(static_cast<int>(final_norm_.size()) == c.hidden, "final_norm: must be [hidden]");
+    require(head_ && head_->rows() == c.vocabulary && head_->cols() == c.hidden, "head: must be [vocabulary, hidden]");
+    for (const DecoderLayer& layer : layers_) {
+        const int q_rows = c.heads * c.head_dim, kv_rows = c.kv_heads * c.head_dim;
+        require(total_rows(layer.qkv) == q_rows + 2 * kv_rows, "qkv: must have (heads + 2 kv_heads) · head_dim rows");
+        require(total_rows(layer.gate_up) == 2 * c.intermediate, "gate_up: must have 2 · intermediate rows");
+        for (const auto& part : layer.qkv) require(part->cols() == c.hidden, "qkv: must have hidden columns");
+        for (const auto& part : layer.gate_up) require(part->cols() == c.hidden, "gate_up: must have hidden columns");
+        require(layer.output && layer.output->rows() == c.hidden && layer.output->cols() == q_rows,
+                "output: must be [hidden, heads · head_dim]");
+        require(layer.down && layer.down->rows() == c.hidden && layer.down->cols() == c.intermediate,
+                "down: must be [hidden, intermediate]");
+        const auto sized = [&](const std::vector<float>& norm) { return norm.empty() || static_cast<int>(norm.size()) == c.hidden; };
+        require(sized(layer.attention_norm) && sized(layer.attention_post_norm) && sized(layer.mlp_norm) &&
+                    sized(layer.mlp_post_norm),
+                "norms: must be [hidden]");
+        const bool whole = c.qk_norm == static_cast<int>(QkNorm::whole);
+        if (c.qk_norm != 0)
+            require(static_cast<int>(layer.q_norm.size()) == (whole ? q_rows : c.head_dim) &&
+                        static_cast<int>(layer.k_norm.size()) == (whole ? kv_rows : c.head_dim),
+                    "q_norm, k_norm: must be [head_dim], or as wide as q and k");
+        require(layer.rotation >= 0 && layer.rotation < c.rotations, "rotation: no such table");
+    }
+}
+
+void Decoder::set_rotation(int rotation, const float* cosines, const float* sines, int positions) {
+    const std::size_t count = static_cast<std::size_t>(positions) * config_.rotary_pairs;
+    rotations_[rotation].cosines.assign(cosines, cosines + count);
+    rotations_[rotation].sines.assign(sines, sines + count);
+}
+
+int Decoder::rotation_positions() const {
+    if (config_.rotary_pairs == 0) return std::numeric_limits<int>::max();
+    std::size_t least = std::numeric_limits<int>::max();
+    for (const Rotation& rotation : rotations_) least = std::min(least, rotation.cosines.size() / config_.rotary_pairs);
+    return static_cast<int>(least);
+}
+
+std::size_t Decoder::nbytes() const {
+    std::size_t total = head_->nbytes();
+    for (const DecoderLayer& layer : layers_) {
+        total += layer.output->nbytes() + layer.down->nbytes();
+        for (const auto& part : layer.qkv) total += part->nbytes();
+        for (const auto& part : layer.gate_up) total += part->nbytes();
+    }
+    return total;
+}
+
+void Decoder::step(KvCache& cache, const DecoderStep& step) {
+    for (int first = 0; first < step.rows; first += CHUNK_ROWS)
+        chunk(cache, step, first, std::min(CHUNK_ROWS, step.rows - first));
+}
+
+void Decoder::chunk(KvCache& cache, const DecoderStep& step, int first, int rows) {
+    const DecoderConfig& c = config_;
+    Work work{cache, step, first, rows, {}, nullptr, 0, 0, 0, 0, {}, nullptr, nullptr, nullptr, nullptr, nullptr, {}, {}, {}};
+    int earlier = 0;
+    for (int i = 0; i < step.wanted_rows; ++i) {
+        if (step.wanted[i] < first) ++earlier;
+        if (step.wanted[i] >= first && step.wanted[i] < first + rows) work.wanted.push_back(step.wanted[i] - first);
+    }
+    work.logits = step.logits + static_cast<std::size_t>(earlier) * c.vocabulary;
+    for (int row = 0; row < rows; ++row) work.most_spans = std::max(work.most_spans, work.position(row) / SPAN + 1);
+    const int q_rows = c.heads * c.head_dim;
+    work.qkv_stride = round_up(q_rows + 2 * c.kv_heads * c.head_dim, 16);
+    work.wide_stride = round_up(2 * c.intermediate, 16);
+    work.result_stride = round_up(SPAN_HEADER + c.head_dim, 16);
+    const std::size_t hidden = round_up(c.hidden, 16);
+    const std::size_t results = static_cast<std::size_t>(work.most_spans) * c.heads * work.result_stride;
+    const std::size_t sizes[] = {hidden, work.qkv_stride, hidden, work.wide_stride, results};
+    float** const places[] = {&work.x, &work.qkv, &work.y, &work.wide, &work.results};
+    std::size_t total = LINE;
+    for (const std::size_t size : sizes) total += size * rows;
+    static thread_local std::vector<float> memory;  // grows and stays
+    if (memory.size() < total) memory.resize(total);
+    auto* at = reinterpret_cast<float*>(round_up(reinterpret_cast<std::uintptr_t>(memory.data()), LINE));
+    for (int i = 0; i < 5; ++i) {
+        *places[i] = at;
+        at += sizes[i] * rows;
+    }
+    auto widest = head_->prepared_bytes();
+    for (const DecoderLayer& layer : layers_) {
+        std::size_t qkv = 0, gate_up = 0;
+        for (const auto& part : layer.qkv) qkv += part->prepared_bytes();
+        for (const auto& part : layer.gate_up) gate_up += part->prepared_bytes();
+        widest = std::max({widest, qkv, gate_up, layer.output->prepared_bytes(), layer.down->prepared_bytes()});
+    }
+    work.prepared_bytes = widest;
+    auto& pool = ThreadPool::instance();
+    const int threads = pool.threads();
+    work.prepared.resize(threads);
+    work.scratch.resize(threads);
+    for (int id = 0; id < threads; ++id) {
+        work.prepared[id].resize(REDUNDANT_ROWS * widest + LINE);
+        work.scratch[id].resize(2 * std::max({c.hidden, q_rows, c.intermediate}) + LINE);
+    }
+    work.shared.resize(rows > REDUNDANT_ROWS ? rows * widest + LINE : 0);
+    pool.run_team([&](Team& team, int id) { run(team, id, work); });
+}
+
+void Decoder::run(Team& team, int id, Work& work) const {
+    const DecoderConfig& c = config_;
+    team.phase(work.rows, team.piece(work.rows), [&](int begin, int end) {
+        for (int row = begin; row < end; ++row) {
+            float* x = work.x + static_cast<std::size_t>(row) * c.hidden;
+            const void* source =
+                element(embedding_, embedding_dtype_, static_cast<std::size_t>(work.step.ids[work.first + row]) * c.hidden);
+            const auto* halves = static_cast<const std::uint16_t*>(source);
+            for (int i = 0; i < c.hidden; ++i) {
+                const float value = embedding_dtype_ == DType::f32    ? static_cast<const float*>(source)[i]
+                                    : embedding_dtype_ == DType::bf16 ? from_bf16(halves[i])
+                                                                      : from_f16(halves[i]);
+                x[i] = value * c.embedding_scale;
+            }
+        }
+    });
+    for (int index = 0; index < layers(); ++index) run_layer(team, id, work, index);
+    run_head(team, id, work);
+}
+
+// Prepared rows for every part of a projection. `produce(row, scratch)` returns the row to prepare, in scratch or elsewhere.
+template <class Produce>
+std::vector<const std::uint8_t*> Decoder::prepare(Team& team, int id, Work& work, const Projection& projection, int rows,
+                                                  const Produce& produce) const {
+    const bool redundant = rows <= REDUNDANT_ROWS;
+    auto& memory = redundant ? work.prepared[id] : work.shared;
+    auto* base = reinterpret_cast<std::uint8_t*>(round_up(reinterpret_cast<std::uintptr_t>(memory.data()), LINE));
+    std::vector<std::uint8_t*> places;
+    for (const Linear* part : projection.parts) {
+        places.push_back(base);
+        base += part->prepared_bytes() * rows;
+    }
+    float* scratch = work.scratch[id].data();
+    const auto prepare_rows = [&](int begin, int end) {
+        for (int row = begin; row < end; ++row) {
+            const float* x = produce(row, scratch);
+            for (std::size_t i = 0; i < projection.parts.size(); ++i)
+                if (projection.same_form(i) == i)
+                    projection.parts[i]->prepare(x, places[i] + projection.parts[i]->prepared_bytes() * row);
+        }
+    };
+    if (redundant)
+        prepare_rows(0, rows);
+    else
+        team.phase(rows, team.piece(rows), prepare_rows);
+    std::vector<const std::uint8_t*> result;
+    for (std::size_t i = 0; i < places.size(); ++i) result.push_back(places[projection.same_form(i)]);
+    return result;
+}
+
+// y[rows][...] = every part's product; then after(first column, last column) by the thread that computed them.
+template <class After>
+void Decoder::multiply(Team& team, const Projection& projection, const std::vector<const std::uint8_t*>& prepared,
+                       int rows, float* y, std::size_t stride, const After& after) const {
+    int blocks = 0;
+    for (const Linear* part : projection.parts) blocks += part->blocks();
+    team.phase(blocks, team.piece(blocks, 2), [&](int begin, int end) {
+        int column = 0, start = 0;
+        for (std::size_t i = 0; i < projection.parts.size(); ++i) {
+            const Linear& part = *projection.parts[i];
+            const int from = std::max(begin - start, 0), to = std::min(end - start, part.blocks());
+            if (from < to) {
+                part.multiply(prepared[i], rows, y + column, stride, from, to);
+                after(column + from * BLOCK_ROWS, column + std::min(to * BLOCK_ROWS, part.rows()));
+            }
+            column += part.rows();
+            start += part.blocks();
+        }
+    });
+}
+
+// x += residual_scale · norm(y), where a norm follows a branch.
+void Decoder::add_normed(Team& team, Work& work, const std::vector<float>& norm) const {
+    const int hidden = config_.hidden;
+    team.phase(work.rows, team.piece(work.rows), [&](int begin, int end) {
+        for (int row = begin; row < end; ++row) {
+            float *x = work.x + static_cast<std::size_t>(row) * hidden, *y = work.y + static_cast<std::size_t>(row) * hidden;
+            tier_.math.rms_norm(y, norm.data(), hidden, config_.epsilon, y);
+            for (int i = 0; i < hidden; ++i) x[i] += config_.residual_scale * y[i];
+        }
+    });
+}
+
+void Decoder::run_layer(Team& team, int id, Work& work, int index) const {
+    const DecoderConfig& c = config_;
+    const DecoderLayer& layer = layers_[index];
+    const auto normed = [&](const std::vector<float>& norm) {
+        return [this, &work, &norm, &c](int row, float* scratch) -> const float* {
+            const float* x = work.x + static_cast<std::size_t>(row) * c.hidden;
+            if (norm.empty()) return x;
+            tier_.math.rms_norm(x, norm.data(), c.hidden, c.epsilon, scratch);
+            return scratch;
+        };
+    };
+    const auto nothing = [](int, int) {};
+    // The branch's result goes to the residual stream, at once unless a norm comes between.
+    const auto finish = [&](const Linear& linear, const std::vector<const std::uint8_t*>& prepared,
+                            const std::vector<float>& post_norm) {
+        multiply(team, Projection(linear), prepared, work.rows, work.y, c.hidden, [&](int first, int last) {
+            if (!post_norm.empty()) return;
+            for (int row = 0; row < work.rows; ++row) {
+                const std::size_t at = static_cast<std::size_t>(row) * c.hidden;
+                for (int i = first; i < last; ++i) work.x[at + i] += c.residual_scale * work.y[at + i];
+            }
+        });
+        if (!post_norm.empty()) add_normed(team, work, post_norm);
+    };
+
+    const Projection qkv(layer.qkv), gate_up(layer.gate_up);
+    const auto normed_rows = prepare(team, id, work, qkv, work.rows, normed(layer.attention_norm));
+    multiply(team, qkv, normed_rows, work.rows, work.qkv, work.qkv_stride, nothing);
+    place_keys(team, work, index);
+    attend(team, work, index);
+    const auto attended = prepare(team, id, work, Projection(*layer.output), work.rows, [&](int row, float* scratch) {
+        for (int head = 0; head < c.heads; ++head)
+            gather_head(work, index, row, head, scratch + static_cast<std::size_t>(head) * c.head_dim);
+        return static_cast<const float*>(scratch);
+    });
+    finish(*layer.output, attended, layer.attention_post_norm);
+
+    const auto mlp_rows = prepare(team, id, work, gate_up, work.rows, normed(layer.mlp_norm));
+    multiply(team, gate_up, mlp_rows, work.rows, work.wide, work.wide_stride, nothing);
+    const auto gated = prepare(team, id, work, Projection(*layer.down), work.rows, [&](int row, float* scratch) {
+        const float* wide = work.wide + row * work.wide_stride;
+        tier_.math.gated(wide, wide + c.intermediate, c.intermediate, static_cast<Activation>(c.activation), scratch);
+        return static_cast<const float*>(scratch);
+    });
+    finish(*layer.down, gated, layer.mlp_post_norm);
+}
+
+void Decoder::place_keys(Team& team, Work& work, int index) const {
+    const DecoderConfig& c = config_;
+    const DecoderLayer& layer = layers_[index];
+    const Rotation& rotation = rotations_[layer.rotation];
+    const int group = c.heads / c.kv_heads, q_rows = c.heads * c.head_dim, kv_rows = c.kv_heads * c.head_dim;
+    if (c.qk_norm == static_cast<int>(QkNorm::whole))
+        team.phase(work.rows, team.piece(work.rows), [&](int begin, int end) {
+            for (int row = begin; row < end; ++row) {
+                float* q = work.qkv + row * work.qkv_stride;
+                tier_.math.rms_norm(q, layer.q_norm.data(), q_rows, c.epsilon, q);
+                tier_.math.rms_norm(q + q_rows, layer.k_norm.data(), kv_rows, c.epsilon, q + q_rows);
+            }
+        });
+    const int units = work.rows * c.kv_heads;
+    team.phase(units, team.piece(units), [&](int begin, int end) {
+        for (int unit = begin; unit < end; ++unit) {
+            const int row = unit / c.kv_heads, kv_head = unit % c.kv_heads, position = work.position(row);
+            float* q = work.qkv + row * work.qkv_stride;
+            const float* cosines = rotation.cosines.data() + static_cast<std::size_t>(position) * c.rotary_pairs;
+            const float* sines = rotation.sines.data() + static_cast<std::size_t>(position) * c.rotary_pairs;
+            const auto turn = [&](float* head, const std::vector<float>& norm) {
+                if (c.qk_norm == static_cast<int>(QkNorm::heads))
+                    tier_.math.rms_norm(head, norm.data(), c.head_dim, c.epsilon, head);
+                tier_.math.rotate(head, cosines, sines, c.rotary_pairs);
+            };
+            for (int i = 0; i < group; ++i) {
+                float* head = q + (kv_head * group + i) * c.head_dim;
+                turn(head, layer.q_norm);
+                for (int d = 0; d < c.head_dim; ++d) head[d] *= c.attention_scale;
+            }
+            float *key = q + q_rows + kv_head * c.head_dim, *value = q + q_rows + kv_rows + kv_head * c.head_dim;
+            turn(key, layer.k_norm);
+            const int sequence = work.sequence(row), lane = position % KEY_BLOCK;
+            tier_.math.store_key(key, c.head_dim,
+                                 work.cache.keys(index, sequence, kv_head) +
+                                     static_cast<std::size_t>(position - lane) * c.head_dim,
+                                 lane);
+            tier_.math.store_value(value, c.head_dim,
+                                   work.cache.values(index, sequence, kv_head) +
+                                       static_cast<std::size_t>(position) * c.head_dim);
+        }
+    });
+}
+
+namespace {
+
+int first_position(int position, int window) { return window > 0 ? std::max(0, position + 1 - window) : 0; }
+
+}  // namespace
+
+void Decoder::attend(Team& team, Work& work, int index) const {
+    const DecoderConfig& c = config_;
+    const int window = layers_[index].window, group = c.heads / c.kv_heads;
+    const int pieces = (group + QUERIES - 1) / QUERIES;
+    const int per_row = c.kv_heads * pieces * work.most_spans, units = work.rows * per_row;
+    const int spans_of_row = c.heads * work.most_spans;
+    // Units of neighbouring rows and spans read the same keys; most of them are in one claim.
+    team.phase(units, std::max(1, std::min(team.piece(units), 64)), [&](int begin, int end) {
+        for (int unit = begin; unit < end; ++unit) {
+            const int row = unit / per_row, rest = unit % per_row;
+            const int span = rest % work.most_spans, piece = rest / work.most_spans % pieces;
+            const int kv_head = rest / work.most_spans / pieces;
+            const int position = work.position(row);
+            const int from = std::max(first_position(position, window), span * SPAN);
+            const int to = std::min(position + 1, (span + 1) * SPAN);
+            if (from >= to) continue;
+            const int head = kv_head * group + piece * QUERIES, count = std::min(QUERIES, group - piece * QUERIES);
+            const int sequence = work.sequence(row);
+            tier_.attend({work.qkv + row * work.qkv_stride + static_cast<std::size_t>(head) * c.head_dim,
+                          static_cast<std::size_t>(c.head_dim), count, c.head_dim,
+                          work.cache.keys(index, sequence, kv_head), work.cache.values(index, sequence, kv_head), span, from,
+                          to, c.attention_softcap,
+                          work.results + (static_cast<std::size_t>(row) * spans_of_row + head * work.most_spans + span) *
+                                             work.result_stride,
+                          work.most_spans * work.result_stride});
+        }
+    });
+}
+
+// Softmax over all spans of one head: Σ exp(m_span - m) · (sum, values).
+void Decoder::gather_head(const Work& work, int index, int row, int head, float* out) const {
+    const int head_dim = config_.head_dim, position = work.position(row);
+    const int begin = first_position(position, layers_[index].window) / SPAN, end = position / SPAN + 1;
+    const float* results =
+        work.results + static_cast<std::size_t>(row * config_.heads + head) * work.most_spans * work.result_stride;
+    const auto at = [&](int span) { return results + span * work.result_stride; };
+    float most = at(begin)[0];
+    for (int span = begin + 1; span < end; ++span) most = std::max(most, at(span)[0]);
+    float sum = 0.0f;
+    for (int span = begin; span < end; ++span) sum += std::exp(at(span)[0] - most) * at(span)[1];
+    for (int span = begin; span < end; ++span) {
+        const float factor = std::exp(at(span)[0] - most) / sum;
+        const float* values = at(span) + SPAN_HEADER;
+        for (int d = 0; d < head_dim; ++d) out[d] = (span == begin ? 0.0f : out[d]) + factor * values[d];
+    }
+}
+
+void Decoder::run_head(Team& team, int id, Work& work) const {
+    const DecoderConfig& c = config_;
+    const int rows = static_cast<int>(work.wanted.size());
+    if (rows == 0) return;
+    const Projection projection(*head_);
+    const auto prepared = prepare(team, id, work, projection, rows, [&](int row, float* scratch) {
+        tier_.math.rms_norm(work.x + static_cast<std::size_t>(work.wanted[row]) * c.hidden, final_norm_.data(), c.hidden,
+                            c.epsilon, scratch);
+        return static_cast<const float*>(scratch);
+    });
+    multiply(team, projection, prepared, rows, work.logits, c.vocabulary, [&](int first, int last) {
+        for (int row = 0; row < rows; ++row) {
+            float* logits = work.logits + static_cast<std::size_t>(row) * c.vocabulary + first;
+            if (c.logits_scale != 1.0f)
+                for (int i = 0; i < last - first; ++i) logits[i] *= c.logits_scale;
+            if (c.logits_softcap != 0.0f) tier_.math.softcap(logits, last - first, c.logits_softcap);
+        }
+    });
+}
+
+}  // namespace halfbyte

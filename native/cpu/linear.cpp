@@ -1,0 +1,132 @@
+#include "linear.hpp"
+
+#include <algorithm>
+#include <cstdlib>
+#include <cstring>
+#include <new>
+#include <stdexcept>
+
+#include "dtypes.hpp"
+#include "parallel.hpp"
+
+namespace halfbyte {
+
+void Linear::add_bias(const std::vector<float>& bias, int m, float* y, std::size_t y_stride, int begin, int end) const {
+    if (bias.empty()) return;
+    const int first = begin * BLOCK_ROWS, last = std::min(end * BLOCK_ROWS, rows_);
+    for (int row = 0; row < m; ++row)
+        for (int n = first; n < last; ++n) y[row * y_stride + n] += bias[n];
+}
+
+void A8Linear::Free::operator()(void* memory) const { std::free(memory); }
+
+A8Linear::A8Linear(const Tier& tier, const std::uint8_t* codes, const float* scales, const std::uint8_t* zeros,
+                   const float* bias, int rows, int cols, int groups, int bits)
+    : Linear(rows, cols), tier_(tier), groups_(groups) {
+    if (rows < 1 || cols < 1 || groups < 1 || cols % groups != 0 || cols / groups % A8_INPUTS != 0)
+        throw std::invalid_argument("a8: groups must be multiples of 32 inputs");
+    if (bits != 4 && bits != 8) throw std::invalid_argument("a8: bits must be 4 or 8");
+    const int lines = OCTET * bits / 32, per_line = OCTET / lines, octets = cols / OCTET, blocks = this->blocks();
+    const std::size_t word_bytes = static_cast<std::size_t>(blocks) * octets * lines * BLOCK_ROWS * sizeof(std::uint32_t);
+    const std::size_t meta_bytes = round_up(static_cast<std::size_t>(blocks) * groups * A8_META, LINE);
+    nbytes_ = word_bytes + meta_bytes;
+    memory_.reset(static_cast<std::uint8_t*>(std::aligned_alloc(LINE, nbytes_)));
+    if (!memory_) throw std::bad_alloc();
+    auto* words = reinterpret_cast<std::uint32_t*>(memory_.get());
+    std::uint8_t* meta = memory_.get() + word_bytes;
+    view_ = {words, meta, bits, blocks, octets, groups, octets / groups};
+    if (bias != nullptr) bias_.assign(bias, bias + rows);
+    parallel(blocks, static_cast<std::size_t>(rows) * cols, [&](int begin, int end) {
+        for (int row = begin * BLOCK_ROWS; row < end * BLOCK_ROWS; ++row) {
+            const std::size_t block = row / BLOCK_ROWS, lane = row % BLOCK_ROWS;
+            const bool real = row < rows;
+            const std::uint8_t* source = codes + static_cast<std::size_t>(row) * cols;
+            std::uint32_t* target = words + block * octets * lines * BLOCK_ROWS + lane;
+            for (int line = 0; line < octets * lines; ++line) {
+                std::uint32_t word = 0;
+                for (int n = 0; real && n < per_line; ++n) {
+                    const int input = bits == 4 ? NIBBLE_INPUT[n] : n;
+                    word |= static_cast<std::uint32_t>(source[line * per_line + input]) << (bits * n);
+                }
+                target[static_cast<std::size_t>(line) * BLOCK_ROWS] = word;
+            }
+            for (int g = 0; g < groups; ++g) {
+                std::uint8_t* at = meta + (block * groups + g) * A8_META;
+                const std::size_t from = static_cast<std::size_t>(row) * groups + g;
+                const std::uint16_t scale = real ? to_f16(scales[from]) : 0;
+                std::memcpy(at + 2 * lane, &scale, sizeof scale);
+                at[32 + lane] = real ? zeros[from] : 0;
+            }
+        }
+    });
+}
+
+void A8Linear::prepare(const float* x, void* row) const {
+    tier_.a8.quantize(x, cols_, groups_, static_cast<std::int8_t*>(row));
+}
+
+void A8Linear::multiply(const void* prepared, int m, float* y, std::size_t y_stride, int begin, int end) const {
+    const auto* x = static_cast<const std::int8_t*>(prepared);
+    const std::size_t stride = prepared_bytes();
+    const int whole = std::min(end, rows_ / BLOCK_ROWS);
+    if (begin < whole) tier_.a8.multiply(view_, x, stride, m, y, y_stride, begin, whole);
+    if (whole < end) {  // the kernel writes all sixteen rows of the last block
+        const int left = rows_ - whole * BLOCK_ROWS;
+        for (int row = 0; row < m; ++row) {
+            alignas(64) float values[BLOCK_ROWS];
+            A8View last = view_;  // the last block alone, so that it is written to the start of `values`
+            last.words += static_cast<std::size_t>(whole) * view_.octets * (OCTET * view_.bits / 32) * BLOCK_ROWS;
+            last.meta += static_cast<std::size_t>(whole) * view_.groups * A8_META;
+            tier_.a8.multiply(last, x + row * stride, stride, 1, values, 0, 0, 1);
+            std::memcpy(y + row * y_stride + static_cast<std::size_t>(whole) * BLOCK_ROWS, values, sizeof(float) * left);
+        }
+    }
+    add_bias(bias_, m, y, y_stride, begin, end);
+}
+
+A16Linear::A16Linear(std::shared_ptr<const W4Matrix> matrix)
+    : Linear(matrix->rows(), matrix->cols()), matrix_(std::move(matrix)) {}
+
+// Every matrix has its own order of inputs.
+std::string A16Linear::form() const {
+    return matrix_->natural() ? "a16" : "a16/" + std::to_string(reinterpret_cast<std::uintptr_t>(this));
+}
+
+std::size_t A16Linear::prepared_bytes() const { return round_up(sizeof(float) * matrix_->view().cols, LINE); }
+
+void A16Linear::prepare(const float* x, void* row) const { matrix_->order_row(x, static_cast<float*>(row)); }
+
+void A16Linear::multiply(const void* prepared, int m, float* y, std::size_t y_stride, int begin, int end) const {
+    for (int first = 0; first < m; first += SMALL_M) {
+        const int count = std::min(SMALL_M, m - first);
+        const auto* x = reinterpret_cast<const float*>(static_cast<const std::uint8_t*>(prepared) + first * prepared_bytes());
+        matrix_->multiply_blocks(x, prepared_bytes() / sizeof(float), count, y + first * y_stride, y_stride, begin, end);
+    }
+}
+
+HalfLinear::HalfLinear(const Tier& tier, const void* weight, DType dtype, const float* bias, int rows, int cols)
+    : Linear(rows, cols), tier_(tier), weight_(weight), dtype_(dtype) {
+    if (bias != nullptr) bias_.assign(bias, bias + rows);
+}
+
+void HalfLinear::prepare(const float* x, void* row) const {
+    auto* floats = static_cast<float*>(row);
+    std::memcpy(floats, x, sizeof(float) * cols_);
+    std::fill(floats + cols_, floats + prepared_bytes() / sizeof(float), 0.0f);
+}
+
+void HalfLinear::multiply(const void* prepared, int m, float* y, std::size_t y_stride, int begin, int end) const {
+    const std::size_t stride = prepared_bytes() / sizeof(float);
+    const int last = std::min(end * BLOCK_ROWS, rows_);
+    // A few rows of weights stay in L1 while all activations pass.
+    const int strip = m > HALF_ROWS ? BLOCK_ROWS : last - begin * BLOCK_ROWS;
+    for (int row = begin * BLOCK_ROWS; row < last; row += strip)
+        for (int first = 0; first < m; first += HALF_ROWS) {
+            const int count = std::min(HALF_ROWS, m - first);
+            const Output out{y + first * y_stride, DType::f32, y_stride, rows_, bias_.empty() ? nullptr : bias_.data()};
+            tier_.half_multiply(weight_, dtype_, cols_, static_cast<const float*>(prepared) + first * stride, stride, count,
+                                out, row, std::min(row + strip, last));
+        }
+}
+
+}  // namespace halfbyte

@@ -1,0 +1,110 @@
+"""A matrix of the fused decoder, in the native form that fits its weights.
+
+    a8      integer codes times activations in 8 bits (native/cpu/a8.hpp): groups of a multiple of 32 inputs that lie side by side,
+            integer zero points, scales exact in fp16
+    a16     integer codes times activations in fp32 (native/cpu/w4_kernel.hpp): everything `QuantizedTensor` holds
+    half    a bf16 or fp16 weight, read in place
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from halfbyte.errors import ConfigError, UnsupportedError
+from halfbyte.kernels.w4a16 import pack_native
+from halfbyte.tensor import QuantizedTensor
+
+COMPUTE_MODES = ("a8", "a16")
+HEAD_BITS = (16, 8, 4)
+# Inputs that share a scale in an output head quantized while loading.
+HEAD_GROUP = 32
+
+_HALVES = {torch.bfloat16: 1, torch.float16: 2}
+
+
+def quantized_linear(weight: QuantizedTensor, compute: str, tier: str) -> Any:
+    """A native `Linear`.
+
+    Args:
+        weight: on the CPU; not kept.
+        compute: "a8" where the weight allows it, or "a16".
+        tier: instruction-set tier.
+    """
+    from halfbyte import _native
+
+    if compute not in COMPUTE_MODES:
+        raise ConfigError(f"compute: expected {' or '.join(COMPUTE_MODES)}, got {compute!r}")
+    if compute == "a16" or why_not_a8(weight) is not None:
+        return _native.a16_linear(pack_native(weight, tier))
+    return _native.a8_linear(
+        weight.codes.contiguous().numpy(),
+        weight.scales.contiguous().numpy(),
+        weight.zeros.contiguous().numpy(),
+        None if weight.bias is None else weight.bias.detach().float().contiguous().numpy(),
+        tier,
+        4 if weight.bits <= 4 else 8,
+    )
+
+
+def why_not_a8(weight: QuantizedTensor) -> str | None:
+    """What keeps a weight from being multiplied by 8-bit activations; None if nothing does."""
+    for name in ("group_index", "input_scale", "kept_columns"):
+        if getattr(weight, name) is not None:
+            return f"it has {name}"
+    if weight.zeros.is_floating_point():
+        return "its zero points are not integers"
+    if weight.in_features % weight.groups or weight.in_features // weight.groups % 32:
+        return f"{weight.in_features} inputs in {weight.groups} groups: expected groups of a multiple of 32"
+    if not torch.equal(weight.scales.half().float(), weight.scales):
+        return "its scales are not exact in fp16"
+    return None
+
+
+def half_linear(weight: torch.Tensor, bias: torch.Tensor | None, tier: str) -> Any:
+    """A native `Linear` over a bf16 or fp16 weight [out, in], contiguous, which the caller must keep alive."""
+    from halfbyte import _native
+
+    if weight.dtype not in _HALVES or not weight.is_contiguous() or not weight.is_cpu:
+        raise UnsupportedError(f"decoder: expected a contiguous bf16 or fp16 weight on the CPU, got {weight.dtype}")
+    wide = None if bias is None else bias.detach().float().contiguous().numpy()
+    rows, columns = weight.shape
+    return _native.half_linear(weight.data_ptr(), _HALVES[weight.dtype], rows, columns, wide, tier)
+
+
+def head_linear(weight: torch.Tensor, bits: int, tier: str) -> Any:
+    """An output head [vocabulary, hidden]: as it is, or rounded to nearest in groups of `HEAD_GROUP`.
+
+    Raises:
+        ConfigError: bits other than 16, 8 or 4.
+        UnsupportedError: groups do not divide its width.
+    """
+    if bits not in HEAD_BITS:
+        raise ConfigError(f"head_bits: expected {', '.join(map(str, HEAD_BITS))}, got {bits}")
+    if bits == 16:
+        return half_linear(weight, None, tier)
+    if weight.shape[1] % HEAD_GROUP:
+        raise UnsupportedError(f"head_bits: groups of {HEAD_GROUP} do not divide a head of {weight.shape[1]} columns")
+    return quantized_linear(_round_head(weight, bits), "a8", tier)
+
+
+def _round_head(weight: torch.Tensor, bits: int) -> QuantizedTensor:
+    """Asymmetric rounding to nearest; a slice of rows at a time, so that no float copy of the head is made."""
+    rows, columns = weight.shape
+    groups, most = columns // HEAD_GROUP, (1 << bits) - 1
+    codes = torch.empty(rows, columns, dtype=torch.uint8)
+    scales = torch.empty(rows, groups)
+    zeros = torch.empty(rows, groups, dtype=torch.uint8)
+    step = max(1, (1 << 22) // columns)
+    for start in range(0, rows, step):
+        part = slice(start, start + step)
+        grouped = weight[part].float().view(-1, groups, HEAD_GROUP)
+        low, high = grouped.aminmax(dim=-1)
+        low, high = low.clamp_(max=0), high.clamp_(min=0)
+        scale = ((high - low) / most).clamp_(min=2.0**-14).half().float()
+        zero = (-low / scale).round_().clamp_(0, most)
+        rounded = (grouped / scale.unsqueeze(-1)).round_().add_(zero.unsqueeze(-1)).clamp_(0, most)
+        codes[part] = rounded.view(-1, columns).to(torch.uint8)
+        scales[part], zeros[part] = scale, zero.to(torch.uint8)
+    return QuantizedTensor(codes, scales, zeros, bits, HEAD_GROUP)

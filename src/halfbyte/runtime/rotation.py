@@ -1,0 +1,56 @@
+"""Cosines and sines of rotary positions, from the model's own rotary module, so that every scaling transformers has is right."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+# Types whose angles depend on how long the sequence is; the others are a table that only grows.
+LENGTH_DEPENDENT = ("dynamic", "longrope")
+FIRST_POSITIONS = 512
+
+
+class Rotations:
+    """The tables of one model.
+
+    Args:
+        module: transformers' rotary embedding of the model.
+        kinds: layer types with angles of their own, or ("",) where all layers turn alike.
+    """
+
+    def __init__(self, module: Any, kinds: tuple[str, ...]):
+        self._module = module
+        self._kinds = kinds
+        self._length = 0  # positions in the tables
+        self._made_for = 0  # length of the sequence they are right for, where that matters
+        types = module.rope_type.values() if isinstance(module.rope_type, dict) else [module.rope_type]
+        self._dependent = any(kind in LENGTH_DEPENDENT for kind in types)
+
+    @property
+    def pairs(self) -> int:
+        """Pairs of numbers of a head that turn."""
+        cosines, _ = self._compute(self._kinds[0], 1)
+        return cosines.shape[1]
+
+    def update(self, decoder: Any, length: int) -> None:
+        """See to it that the native decoder's tables are right for a sequence of `length` tokens."""
+        if self._dependent:
+            if length == self._made_for:
+                return
+            made, table = length, length
+        elif length <= self._length:
+            return
+        else:
+            made = table = max(length, 2 * self._length, FIRST_POSITIONS)
+        for number, kind in enumerate(self._kinds):
+            cosines, sines = self._compute(kind, table)
+            decoder.set_rotation(number, cosines.numpy(), sines.numpy())
+        self._length, self._made_for = table, made
+
+    def _compute(self, kind: str, length: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """float32 [length, pairs] each: transformers' own numbers, whose second half repeats the first."""
+        arguments = (torch.zeros(1), torch.arange(length).unsqueeze(0))
+        cosines, sines = self._module(*arguments, kind) if kind else self._module(*arguments)
+        pairs = cosines.shape[-1] // 2
+        return cosines[0, :, :pairs].contiguous(), sines[0, :, :pairs].contiguous()
