@@ -67,7 +67,7 @@ def main() -> None:
     results: list[dict[str, Any]] = []
     for name in ORIGINALS:
         if name in options.only:
-            original = halfbyte.load(options.model)
+            original = halfbyte.load(options.model, backend="transformers")
             if "fp32" in name:
                 original.network.float()
             results.append({"variant": name, "perplexity": score(original)})
@@ -83,7 +83,7 @@ def main() -> None:
             results.append(
                 {
                     "variant": name,
-                    "perplexity": score(halfbyte.load(report.output_dir)),
+                    "perplexity": score(halfbyte.load(report.output_dir, backend="transformers")),
                     "seconds": report.seconds,
                     "peak_memory_bytes": report.peak_memory_bytes,
                     "block_ratio": report.block_bytes_after / report.block_bytes_before,

@@ -54,3 +54,90 @@ class W4Matrix:
     def nbytes(self) -> int: ...
     @property
     def tier(self) -> str: ...
+
+class Linear:
+    @property
+    def rows(self) -> int: ...
+    @property
+    def columns(self) -> int: ...
+    @property
+    def nbytes(self) -> int: ...
+    @property
+    def form(self) -> str: ...
+
+def a8_linear(
+    codes: npt.NDArray[np.uint8],
+    scales: npt.NDArray[np.float32],
+    zeros: npt.NDArray[np.uint8],
+    bias: npt.NDArray[np.float32] | None,
+    tier: str,
+    bits: int,
+) -> Linear: ...
+def a16_linear(matrix: W4Matrix) -> Linear: ...
+def half_linear(
+    weight: int, dtype: int, rows: int, cols: int, bias: npt.NDArray[np.float32] | None, tier: str
+) -> Linear: ...
+
+class DecoderConfig:
+    hidden: int
+    heads: int
+    kv_heads: int
+    head_dim: int
+    intermediate: int
+    vocabulary: int
+    rotary_pairs: int
+    rotations: int
+    epsilon: float
+    attention_scale: float
+    attention_softcap: float
+    embedding_scale: float
+    residual_scale: float
+    logits_scale: float
+    logits_softcap: float
+    activation: int
+    qk_norm: int
+
+class DecoderLayer:
+    def __init__(
+        self,
+        qkv: list[Linear],
+        output: Linear,
+        gate_up: list[Linear],
+        down: Linear,
+        norms: list[list[float]],
+        window: int,
+        rotation: int,
+    ) -> None: ...
+
+class KvCache:
+    def __init__(self, layers: int, sequences: int, kv_heads: int, head_dim: int, capacity: int) -> None: ...
+    @property
+    def sequences(self) -> int: ...
+    @property
+    def capacity(self) -> int: ...
+    @property
+    def nbytes(self) -> int: ...
+
+class Decoder:
+    def __init__(
+        self,
+        config: DecoderConfig,
+        layers: list[DecoderLayer],
+        final_norm: list[float],
+        head: Linear,
+        embedding: int,
+        embedding_dtype: int,
+        tier: str,
+    ) -> None: ...
+    def set_rotation(self, rotation: int, cosines: npt.NDArray[np.float32], sines: npt.NDArray[np.float32]) -> None: ...
+    def step(
+        self,
+        cache: KvCache,
+        ids: npt.NDArray[np.int32],
+        sequences: npt.NDArray[np.int32],
+        positions: npt.NDArray[np.int32],
+        wanted: npt.NDArray[np.int32],
+        logits: npt.NDArray[np.float32],
+    ) -> None: ...
+    @property
+    def nbytes(self) -> int: ...

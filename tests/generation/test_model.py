@@ -58,7 +58,7 @@ def test_the_same_seed_repeats_and_another_does_not(model: halfbyte.Model) -> No
 
 def test_an_end_of_sequence_token_ends_it(model: halfbyte.Model, monkeypatch: pytest.MonkeyPatch) -> None:
     first = int(model.logits(model.encode("The"))[-1].argmax())
-    monkeypatch.setattr(type(model), "stop_ids", frozenset({first}))
+    monkeypatch.setattr(model, "stop_ids", frozenset({first}))
     assert model.generate("The", max_new_tokens=5) == ""
 
 

@@ -29,7 +29,7 @@ def one_thread() -> Iterator[None]:
 
 @pytest.fixture(scope="module")
 def model(tiny_llama: Path) -> halfbyte.Model:
-    return halfbyte.load(tiny_llama)
+    return halfbyte.load(tiny_llama, backend="transformers")
 
 
 def test_a_model_writes_what_the_seed_decides(model: halfbyte.Model) -> None:

@@ -182,5 +182,5 @@ def test_quantize_write_read_and_run(
 
     fused = {name for name in replaced if not name.endswith(".weight")}
     expected = dequantized(output, tmp_path / "dequantized", fused)(input_ids=IDS[:1]).logits[0]
-    found = halfbyte.load(output, device="cpu").network(input_ids=IDS[:1]).logits[0].float()
+    found = halfbyte.load(output, device="cpu", backend="transformers").network(input_ids=IDS[:1]).logits[0].float()
     assert float((found - expected).norm() / expected.norm()) < 0.03

@@ -1,7 +1,7 @@
 """Architectures the fused decoder knows, as data: a model type is a few settings, not a class.
 
-All of them are RMSNorm, rotary attention with key-value heads, and a gated MLP, in that order. They differ in where norms
-stand, how the norms' weights are stored, what is multiplied where, and how matrices are called.
+All of them are RMSNorm, rotary attention with key-value heads, and a gated MLP, in that order. They differ in where
+norms stand, how the norms' weights are stored, what is multiplied where, and how matrices are called.
 """
 
 from __future__ import annotations

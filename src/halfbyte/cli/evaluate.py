@@ -8,7 +8,7 @@ from typing import Annotated, Any
 
 import typer
 
-from halfbyte.cli.render import JsonFlag, print_json, print_table
+from halfbyte.cli.render import JsonFlag, parse_head_bits, print_json, print_table
 from halfbyte.errors import ConfigError
 
 
@@ -26,7 +26,11 @@ def command(
     skip_perplexity: Annotated[bool, typer.Option("--skip-perplexity", help="Measure speed alone.")] = False,
     skip_speed: Annotated[bool, typer.Option("--skip-speed", help="Measure perplexity alone.")] = False,
     device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")] = "auto",
-    backend: Annotated[str, typer.Option(help="Kernel of the quantized linears; see `halfbyte backends`.")] = "auto",
+    backend: Annotated[
+        str, typer.Option(help="auto, decoder, transformers, or a kernel of `halfbyte backends`.")
+    ] = "auto",
+    compute: Annotated[str, typer.Option(help="Activations of the decoder: a8 (8 bits), a16, or auto.")] = "auto",
+    head_bits: Annotated[str, typer.Option(help="Output head of the decoder: 16, 8, 4, or auto.")] = "auto",
     json: JsonFlag = False,
 ) -> None:
     """Measure perplexity on a text, and tokens per second for prefill and decoding.
@@ -38,7 +42,7 @@ def command(
     from halfbyte.evaluation.throughput import measure_throughput
     from halfbyte.generation.model import load
 
-    loaded = load(model, device=device, backend=backend)
+    loaded = load(model, device=device, backend=backend, compute=compute, head_bits=parse_head_bits(head_bits))
     result: dict[str, Any] = {"model": model, "kernels": loaded.kernels, "memory_bytes": loaded.nbytes}
     if not skip_perplexity:
         measured = measure_perplexity(loaded, text, window=window, stride=stride, max_windows=max_windows)

@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from halfbyte.cli.render import JsonFlag, print_json
+from halfbyte.cli.render import JsonFlag, parse_head_bits, print_json
 
 
 def command(
@@ -21,7 +21,11 @@ def command(
     top_p: Annotated[float | None, typer.Option(help="Keep the most likely tokens up to this probability.")] = None,
     seed: Annotated[int | None, typer.Option(help="Makes sampling repeatable.")] = None,
     device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")] = "auto",
-    backend: Annotated[str, typer.Option(help="Kernel of the quantized linears; see `halfbyte backends`.")] = "auto",
+    backend: Annotated[
+        str, typer.Option(help="auto, decoder, transformers, or a kernel of `halfbyte backends`.")
+    ] = "auto",
+    compute: Annotated[str, typer.Option(help="Activations of the decoder: a8 (8 bits), a16, or auto.")] = "auto",
+    head_bits: Annotated[str, typer.Option(help="Output head of the decoder: 16, 8, 4, or auto.")] = "auto",
     json: JsonFlag = False,
 ) -> None:
     """Generate text, streamed as it comes.
@@ -33,7 +37,7 @@ def command(
 
     SamplingParameters(temperature, top_k, top_p)  # refuse a bad value before loading anything
     text = sys.stdin.read() if prompt == "-" else prompt
-    loaded = load(model, device=device, backend=backend)
+    loaded = load(model, device=device, backend=backend, compute=compute, head_bits=parse_head_bits(head_bits))
     message = [{"role": "user", "content": text}] if chat else text
     start = time.perf_counter()
     pieces = []

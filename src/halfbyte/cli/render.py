@@ -10,7 +10,7 @@ from typing import Annotated, Any, NoReturn
 
 import typer
 
-from halfbyte.errors import HalfbyteError
+from halfbyte.errors import ConfigError, HalfbyteError
 
 JsonFlag = Annotated[bool, typer.Option("--json", help="Print one JSON document instead of a table.")]
 
@@ -61,3 +61,13 @@ def print_table(columns: Sequence[str], rows: Iterable[Sequence[object]], title:
 def megabytes(nbytes: int) -> str:
     """Decimal megabytes."""
     return f"{nbytes / 1e6:,.1f} MB"
+
+
+def parse_head_bits(text: str) -> Any:
+    """`--head-bits`: a number or "auto"; the library refuses numbers it does not know."""
+    if text == "auto":
+        return text
+    try:
+        return int(text)
+    except ValueError:
+        raise ConfigError(f"--head-bits {text}: expected auto, 16, 8 or 4") from None

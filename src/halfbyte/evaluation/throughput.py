@@ -47,9 +47,8 @@ def measure_throughput(model: Model, *, prompt_tokens: int = 128, new_tokens: in
             "throughput: expected prompt_tokens >= 1, new_tokens >= 2 and repeats >= 1, "
             f"got {prompt_tokens}, {new_tokens}, {repeats}"
         )
-    vocabulary = model.network.get_input_embeddings().num_embeddings
     generator = torch.Generator().manual_seed(0)
-    prompt = torch.randint(vocabulary, (prompt_tokens,), generator=generator).to(model.device)
+    prompt = torch.randint(model.engine.vocabulary, (prompt_tokens,), generator=generator).tolist()
     runs = [_time_once(model, prompt, new_tokens) for _ in range(repeats + 1)][1:]
     return Throughput(
         prompt_tokens / statistics.median(prefill for prefill, _ in runs),
@@ -60,11 +59,11 @@ def measure_throughput(model: Model, *, prompt_tokens: int = 128, new_tokens: in
     )
 
 
-def _time_once(model: Model, prompt: torch.Tensor, new_tokens: int) -> tuple[float, float]:
+def _time_once(model: Model, prompt: list[int], new_tokens: int) -> tuple[float, float]:
     """Seconds to the first token and seconds for the rest."""
     start = time.perf_counter()
     tokens = generate_tokens(
-        model.network,
+        model.engine.session(len(prompt) + new_tokens),
         prompt,
         max_new_tokens=new_tokens,
         parameters=SamplingParameters(),

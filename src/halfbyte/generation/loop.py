@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Set
-from typing import Any
+from collections.abc import Iterator, Sequence, Set
 
 import torch
 
+from halfbyte.runtime.engine import Session
 from halfbyte.sampling.filters import SamplingParameters, choose_token
 
 
-@torch.inference_mode()
 def generate_tokens(
-    network: Any,
-    prompt: torch.Tensor,
+    session: Session,
+    prompt: Sequence[int],
     *,
     max_new_tokens: int,
     parameters: SamplingParameters,
@@ -23,21 +22,17 @@ def generate_tokens(
     """Yield new token ids one by one; a stop id ends the sequence and is not yielded.
 
     Args:
-        network: a transformers causal language model.
-        prompt: int64 [tokens], at least one.
+        session: an empty sequence of a model.
+        prompt: token ids, at least one.
         max_new_tokens: how many to yield at most.
         parameters: how each is chosen.
         generator: the source of randomness, on the CPU.
         stop_ids: end-of-sequence ids; empty to always run to `max_new_tokens`.
     """
-    from transformers import DynamicCache
-
-    cache = DynamicCache(config=network.config)
-    step = prompt.unsqueeze(0)
+    step = prompt
     for _ in range(max_new_tokens):
-        logits = network(input_ids=step, past_key_values=cache, use_cache=True, logits_to_keep=1).logits[0, -1]
-        token = choose_token(logits.cpu(), parameters, generator)
+        token = choose_token(session.step(step), parameters, generator)
         if token in stop_ids:
             return
         yield token
-        step = torch.tensor([[token]], device=prompt.device)
+        step = [token]

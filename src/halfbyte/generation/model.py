@@ -11,44 +11,74 @@ import torch
 
 from halfbyte.architectures.tokenizer import load_tokenizer
 from halfbyte.checkpoints.sources import resolve_model
-from halfbyte.errors import ConfigError
+from halfbyte.errors import ConfigError, UnsupportedError
 from halfbyte.generation.loop import generate_tokens
-from halfbyte.runtime.loading import LoadedNetwork, load_network
-from halfbyte.runtime.quant_linear import QuantLinear
+from halfbyte.runtime.engine import TransformersEngine
+from halfbyte.runtime.loading import LoadedModel, load_model
 from halfbyte.sampling.filters import SamplingParameters
 
 Prompt = str | Sequence[dict[str, str]]
 
 
-def load(path: str | Path, *, device: str = "auto", backend: str = "auto") -> Model:
+def load(
+    path: str | Path,
+    *,
+    device: str = "auto",
+    backend: str = "auto",
+    compute: str = "auto",
+    head_bits: int | Literal["auto"] = "auto",
+) -> Model:
     """Open a model: a halfbyte or AutoAWQ GEMM checkpoint, or an unquantized Hugging Face folder.
 
     Args:
         path: a folder, "sample:NAME" or a hub name.
         device: "auto", "cpu", "cuda" or "cuda:N".
-        backend: which kernel runs the quantized linears; `halfbyte backends` lists them.
+        backend: "decoder" (all layers in one native call, on the CPU), "transformers", or which kernel runs the
+            quantized linears inside transformers (`halfbyte backends` lists them); "auto" for the decoder where it
+            knows the architecture.
+        compute: in the decoder, activations that meet codes are in 8 bits ("a8") or in fp32 ("a16"); "auto" for a8.
+        head_bits: of the output head in the decoder: 16, 8 or 4; "auto" for 8 if the model is quantized, else 16.
 
     Raises:
-        HalfbyteError: nothing there, a broken checkpoint, or a backend this machine lacks.
+        HalfbyteError: nothing there, a broken checkpoint, or a backend this machine lacks or that cannot run the model.
     """
-    return Model(load_network(resolve_model(path), device=device, backend=backend))
+    return Model(load_model(resolve_model(path), device=device, backend=backend, compute=compute, head_bits=head_bits))
 
 
 class Model:
     """A causal language model with its tokenizer.
 
     Attributes:
-        network: the transformers module; its quantized linears are `QuantLinear`.
+        engine: what runs it.
+        config: of transformers.
+        device: where it computes.
         folder: where it was read from.
         quantized: whether its linears are quantized.
-        kernels: kernel name → number of linears that run on it; empty when not quantized.
+        kernels: kernel or native form → number of quantized linears that run on it; empty when not quantized.
+        not_fused: why the fused decoder does not run it; None if it does.
+        stop_ids: end-of-sequence ids of the generation config.
     """
 
-    def __init__(self, loaded: LoadedNetwork):
-        self.network = loaded.network
+    def __init__(self, loaded: LoadedModel):
+        self.engine = loaded.engine
+        self.config = loaded.config
+        self.device = loaded.device
         self.folder = loaded.folder
         self.quantized = loaded.quantized
         self.kernels = loaded.kernels
+        self.not_fused = loaded.not_fused
+        self.stop_ids = loaded.stop_ids
+
+    @property
+    def network(self) -> Any:
+        """The transformers module; its quantized linears are `QuantLinear`.
+
+        Raises:
+            UnsupportedError: the fused decoder runs the model, without one.
+        """
+        if not isinstance(self.engine, TransformersEngine):
+            raise UnsupportedError(f'{self.folder}: the fused decoder runs it; load it with backend="transformers"')
+        return self.engine.network
 
     @cached_property
     def tokenizer(self) -> Any:
@@ -56,20 +86,10 @@ class Model:
         return load_tokenizer(self.folder)
 
     @property
-    def device(self) -> torch.device:
-        """Where the embedding is, and so where token ids go."""
-        weight = self.network.get_input_embeddings().weight
-        assert isinstance(weight, torch.Tensor)
-        return weight.device
-
-    @property
     def nbytes(self) -> int:
         """Bytes the weights occupy in memory, packed layouts included and tied tensors once."""
-        seen = {p.data_ptr(): p.numel() * p.element_size() for p in self.network.parameters()}
-        packed = sum(m.nbytes for m in self.network.modules() if isinstance(m, QuantLinear))
-        return int(sum(seen.values()) + packed)
+        return self.engine.nbytes
 
-    @torch.inference_mode()
     def logits(self, token_ids: Sequence[int] | torch.Tensor) -> torch.Tensor:
         """Next-token logits at every position.
 
@@ -82,11 +102,10 @@ class Model:
         ids = torch.as_tensor(token_ids, dtype=torch.int64)
         if ids.ndim != 1 or ids.numel() == 0:
             raise ConfigError(f"token_ids: expected one sequence of at least one token, got shape {list(ids.shape)}")
-        vocabulary = self.network.get_input_embeddings().num_embeddings
+        vocabulary = self.engine.vocabulary
         if int(ids.min()) < 0 or int(ids.max()) >= vocabulary:
             raise ConfigError(f"token_ids: expected ids in [0, {vocabulary}), got {int(ids.min())}…{int(ids.max())}")
-        result: torch.Tensor = self.network(input_ids=ids.unsqueeze(0).to(self.device), use_cache=False).logits[0]
-        return result.float().cpu()
+        return self.engine.logits(ids)
 
     def encode(self, prompt: Prompt) -> torch.Tensor:
         """Token ids int64 [tokens] of a string as it is, or of chat messages through the tokenizer's template.
@@ -102,13 +121,7 @@ class Model:
             ids = self.tokenizer.apply_chat_template(list(prompt), add_generation_prompt=True)["input_ids"]
         if not ids:
             raise ConfigError("prompt: empty; give at least one character")
-        return torch.tensor(ids, dtype=torch.int64, device=self.device)
-
-    @property
-    def stop_ids(self) -> frozenset[int]:
-        """End-of-sequence ids of the generation config."""
-        eos = self.network.generation_config.eos_token_id
-        return frozenset() if eos is None else frozenset([eos] if isinstance(eos, int) else eos)
+        return torch.tensor(ids, dtype=torch.int64)
 
     @overload
     def generate(
@@ -165,9 +178,10 @@ class Model:
             raise ConfigError(f"max_new_tokens: expected at least 1, got {max_new_tokens}")
         generator = torch.Generator()
         generator.seed() if seed is None else generator.manual_seed(seed)
+        ids = self.encode(prompt).tolist()
         tokens = generate_tokens(
-            self.network,
-            self.encode(prompt),
+            self.engine.session(len(ids) + max_new_tokens),
+            ids,
             max_new_tokens=max_new_tokens,
             parameters=SamplingParameters(temperature, top_k, top_p),
             generator=generator,

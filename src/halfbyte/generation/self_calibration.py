@@ -79,7 +79,7 @@ def _kept_text(model: str | Path, options: dict[str, Any]) -> list[str]:
         pass  # not there, or damaged: write it
     _check_budget(checkpoint, option["memory_budget"])
     device = str(option["device"]).partition(",")[0]
-    writer = _in_fast_dtype(load(folder, device=device))
+    writer = _in_fast_dtype(load(folder, device=device, backend="transformers"))
     documents = write_calibration_text(writer, **request, progress=option["progress"])
     _keep(path, {**identity, "documents": documents})
     return documents

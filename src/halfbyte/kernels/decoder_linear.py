@@ -1,9 +1,8 @@
 """A matrix of the fused decoder, in the native form that fits its weights.
 
-    a8      integer codes times activations in 8 bits (native/cpu/a8.hpp): groups of a multiple of 32 inputs that lie side by side,
-            integer zero points, scales exact in fp16
-    a16     integer codes times activations in fp32 (native/cpu/w4_kernel.hpp): everything `QuantizedTensor` holds
-    half    a bf16 or fp16 weight, read in place
+a8 (native/cpu/a8.hpp): integer codes times activations in 8 bits; groups of a multiple of 32 inputs that lie side by
+side, integer zero points, scales exact in fp16. a16 (native/cpu/w4_kernel.hpp): integer codes times activations in
+fp32; everything `QuantizedTensor` holds. half: a bf16 or fp16 weight, read in place.
 """
 
 from __future__ import annotations

@@ -10,6 +10,7 @@ import torch
 
 from halfbyte.architectures.records import DecoderRecord
 from halfbyte.errors import ConfigError
+from halfbyte.runtime.engine import Session
 from halfbyte.runtime.rotation import Rotations
 
 
@@ -49,7 +50,7 @@ class DecoderCache:
 
 
 class NativeDecoder:
-    """A model whose every operation is native.
+    """A model whose every operation is native; an `Engine`.
 
     Attributes:
         record: its architecture.
@@ -77,11 +78,26 @@ class NativeDecoder:
         self.record = record
         self.compute, self.head_bits, self.forms, self.nbytes = compute, head_bits, forms, nbytes
 
+    name = "decoder"
+
+    @property
+    def vocabulary(self) -> int:
+        """Token ids it has logits for."""
+        return self.record.vocabulary
+
     @property
     def step_bytes(self) -> int:
         """Bytes of weights one step reads, the cache not counted."""
         nbytes: int = self._native.nbytes
         return nbytes
+
+    def logits(self, ids: torch.Tensor) -> torch.Tensor:
+        """See `Engine`."""
+        return self.step(self.new_cache(1, len(ids)), [ids.tolist()], logits="all")
+
+    def session(self, tokens: int) -> Session:
+        """See `Engine`."""
+        return _DecoderSession(self, self.new_cache(1, tokens))
 
     def new_cache(self, sequences: int = 1, capacity: int = 2048) -> DecoderCache:
         """An empty cache.
@@ -118,9 +134,7 @@ class NativeDecoder:
             raise ConfigError("tokens: expected at least one")
         ids = np.fromiter((int(i) for new in tokens for i in new), np.int64, total)
         if ids.min() < 0 or ids.max() >= self.record.vocabulary:
-            raise ConfigError(
-                f"token_ids: expected ids in [0, {self.record.vocabulary}), got {ids.min()}…{ids.max()}"
-            )
+            raise ConfigError(f"token_ids: expected ids in [0, {self.record.vocabulary}), got {ids.min()}…{ids.max()}")
         lengths = [length + count for length, count in zip(cache.lengths, counts, strict=True)]
         if max(lengths) > cache.capacity:
             raise ConfigError(f"context: {max(lengths)} tokens do not fit into a cache of {cache.capacity}")
@@ -139,3 +153,12 @@ class NativeDecoder:
         )
         cache.lengths = lengths
         return result
+
+
+class _DecoderSession:
+    def __init__(self, decoder: NativeDecoder, cache: DecoderCache):
+        self._decoder, self._cache = decoder, cache
+
+    def step(self, ids: Sequence[int]) -> torch.Tensor:
+        """See `Session`."""
+        return self._decoder.step(self._cache, [ids])[0]

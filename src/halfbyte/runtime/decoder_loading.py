@@ -48,7 +48,13 @@ class _Loader:
         self._skeleton, self._record, self._compute = skeleton, record, compute
         self._checkpoint, self._layout = checkpoint, layout
         self._tensors = ModelTensors(skeleton, checkpoint, checkpoint.names())
-        self._names = {stored.parameter: name for name, stored in self._tensors.stored.items() if not stored.steps}
+        self._renamed: dict[str, str] = {}
+        for name in checkpoint.names() if layout is not None else ():
+            if layout is not None and name.endswith(f".{layout.marker}"):
+                stored = name.removesuffix(f".{layout.marker}")
+                located = self._tensors.locate(f"{stored}.weight")
+                if located is not None and not located.steps:
+                    self._renamed[located.parameter.removesuffix(".weight")] = stored
         self._shapes = {name: tuple(p.shape) for name, p in skeleton.named_parameters(remove_duplicate=False)}
         self._tier = pick_tier()
         self._keep: list[torch.Tensor] = []
@@ -129,8 +135,7 @@ class _Loader:
         tensor = self._tensors.read(name)
         if tuple(tensor.shape) != self._shapes[name]:
             raise CheckpointError(
-                f"tensor {name}: expected shape {list(self._shapes[name])} from config.json, "
-                f"found {list(tensor.shape)}"
+                f"tensor {name}: expected shape {list(self._shapes[name])} from config.json, found {list(tensor.shape)}"
             )
         return tensor
 
@@ -156,16 +161,20 @@ class _Loader:
         self._forms[linear.form.partition("/")[0]] += 1
         return linear
 
+    def _stored_name(self, module: str) -> str:
+        """What the file calls a module; its packed tensors carry the name, not the weight's."""
+        return self._renamed.get(module, module)
+
     def _packed(self, module: str) -> Any:
         """The module's quantized weight, or None if it is in 16 bit."""
         layout = self._layout
         if layout is None:
             return None
-        name = module if f"{module}.{layout.marker}" in self._checkpoint else ""
-        if not name:
+        name = self._stored_name(module)
+        if f"{name}.{layout.marker}" not in self._checkpoint:
             return None
-        packed = {key: self._checkpoint.read(f"{name}.{key}") for key in layout.keys if f"{name}.{key}" in self._checkpoint}
-        tensor = layout.unpack(packed, name)
+        keys = [key for key in layout.keys if f"{name}.{key}" in self._checkpoint]
+        tensor = layout.unpack({key: self._checkpoint.read(f"{name}.{key}") for key in keys}, name)
         expected = self._shapes[f"{module}.weight"]
         if (tensor.out_features, tensor.in_features) != expected:
             raise CheckpointError(

@@ -1,4 +1,4 @@
-"""Cosines and sines of rotary positions, from the model's own rotary module, so that every scaling transformers has is right."""
+"""Cosines and sines of rotary positions, from the model's own module: whatever scaling transformers has is right."""
 
 from __future__ import annotations
 

@@ -1,0 +1,98 @@
+"""What runs a model: the fused decoder, or transformers with our linears in it. `logits` and `step`, nothing else."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, Protocol
+
+import torch
+
+from halfbyte.runtime.quant_linear import QuantLinear
+
+
+class Session(Protocol):
+    """One sequence, and what is cached of it."""
+
+    def step(self, ids: Sequence[int]) -> torch.Tensor:
+        """Append token ids, at least one; float32 [vocabulary] on the CPU: the logits of what follows."""
+
+
+class Engine(Protocol):
+    """A model that computes.
+
+    Attributes:
+        name: "decoder" or "transformers".
+        vocabulary: token ids it has logits for.
+        nbytes: of its weights in memory, tied tensors once.
+    """
+
+    name: str
+    vocabulary: int
+    nbytes: int
+
+    def logits(self, ids: torch.Tensor) -> torch.Tensor:
+        """Of every position of one sequence, int64 [tokens]: float32 [tokens, vocabulary] on the CPU."""
+
+    def session(self, tokens: int) -> Session:
+        """An empty sequence with room for `tokens` tokens."""
+
+
+class TransformersEngine:
+    """A transformers module, whatever its architecture.
+
+    Attributes:
+        network: the module; its quantized linears are `QuantLinear`.
+    """
+
+    name = "transformers"
+
+    def __init__(self, network: Any):
+        self.network = network
+
+    @property
+    def vocabulary(self) -> int:
+        """Rows of the embedding."""
+        count: int = self.network.get_input_embeddings().num_embeddings
+        return count
+
+    @property
+    def device(self) -> torch.device:
+        """Where the embedding is, and so where token ids go."""
+        weight = self.network.get_input_embeddings().weight
+        assert isinstance(weight, torch.Tensor)
+        return weight.device
+
+    @property
+    def nbytes(self) -> int:
+        """Parameters and packed layouts."""
+        seen = {p.data_ptr(): p.numel() * p.element_size() for p in self.network.parameters()}
+        packed = sum(m.nbytes for m in self.network.modules() if isinstance(m, QuantLinear))
+        return int(sum(seen.values()) + packed)
+
+    @torch.inference_mode()
+    def logits(self, ids: torch.Tensor) -> torch.Tensor:
+        """See `Engine`."""
+        result: torch.Tensor = self.network(input_ids=ids.unsqueeze(0).to(self.device), use_cache=False).logits[0]
+        return result.float().cpu()
+
+    def session(self, tokens: int) -> Session:
+        """See `Engine`; the cache grows as it must."""
+        del tokens
+        return _TransformersSession(self.network, self.device)
+
+
+class _TransformersSession:
+    def __init__(self, network: Any, device: torch.device):
+        from transformers import DynamicCache
+
+        self._network, self._device = network, device
+        self._cache = DynamicCache(config=network.config)
+
+    @torch.inference_mode()
+    def step(self, ids: Sequence[int]) -> torch.Tensor:
+        """See `Session`."""
+        step = torch.tensor([list(ids)], device=self._device)
+        result: torch.Tensor = self._network(
+            input_ids=step, past_key_values=self._cache, use_cache=True, logits_to_keep=1
+        ).logits[0, -1]
+        return result.float().cpu()

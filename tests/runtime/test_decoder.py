@@ -1,0 +1,255 @@
+"""The fused decoder against transformers, on tiny random models of every architecture it knows."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import halfbyte
+from halfbyte import QuantConfig
+from halfbyte.architectures.records import FAMILIES
+from halfbyte.errors import ConfigError, UnsupportedError
+from halfbyte.runtime.decoder import NativeDecoder
+
+BASE: dict[str, Any] = {
+    "vocab_size": 320, "hidden_size": 96, "intermediate_size": 160, "num_hidden_layers": 4, "num_attention_heads": 6,
+    "num_key_value_heads": 2, "head_dim": 16, "max_position_embeddings": 512, "bos_token_id": None, "eos_token_id": 0,
+    "pad_token_id": None,
+}  # fmt: skip
+LONG = {"rope_type": "longrope", "rope_theta": 10000.0, "original_max_position_embeddings": 32,
+        "short_factor": [1.0] * 8, "long_factor": [2.0 + i for i in range(8)]}  # fmt: skip
+LAYERS = ["sliding_attention", "full_attention"] * 2
+MODELS: dict[str, tuple[str, dict[str, Any]]] = {
+    "llama": ("LlamaConfig", {"attention_bias": True, "mlp_bias": True}),
+    "llama with one query head a group": ("LlamaConfig", {"num_key_value_heads": 6}),
+    "llama with six query heads a group": ("LlamaConfig", {"num_key_value_heads": 1}),
+    "llama, linear": ("LlamaConfig", {"rope_parameters": {"rope_type": "linear", "factor": 4.0, "rope_theta": 1e4}}),
+    "llama, llama3": ("LlamaConfig", {"rope_parameters": {
+        "rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+        "original_max_position_embeddings": 32, "rope_theta": 1e4}}),
+    "llama, yarn": ("LlamaConfig", {"rope_parameters": {
+        "rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32, "rope_theta": 1e4}}),
+    "llama, dynamic": ("LlamaConfig", {
+        "max_position_embeddings": 48, "rope_parameters": {"rope_type": "dynamic", "factor": 4.0, "rope_theta": 1e4}}),
+    "mistral": ("MistralConfig", {"sliding_window": 24}),
+    "qwen2": ("Qwen2Config", {}),
+    "qwen3": ("Qwen3Config", {}),
+    "gemma": ("GemmaConfig", {}),
+    "gemma2": ("Gemma2Config", {"sliding_window": 24, "layer_types": LAYERS, "query_pre_attn_scalar": 20}),
+    "gemma3": ("Gemma3TextConfig", {"sliding_window": 24, "layer_types": LAYERS, "query_pre_attn_scalar": 20}),
+    "phi3": ("Phi3Config", {"sliding_window": None}),
+    "phi3, longrope": ("Phi3Config", {"rope_parameters": LONG, "original_max_position_embeddings": 32}),
+    "granite": ("GraniteConfig", {"embedding_multiplier": 12.0, "residual_multiplier": 0.22, "logits_scaling": 2.0,
+                                  "attention_multiplier": 0.25}),
+    "olmo2": ("Olmo2Config", {}),
+}  # fmt: skip
+PROMPT, STEPS = 70, 64
+
+
+def write_model(name: str, folder: Path) -> Path:
+    """A random model in bf16, lively enough that its next tokens differ."""
+    import transformers
+
+    kind, changes = MODELS[name]
+    torch.manual_seed(len(name))
+    model = transformers.AutoModelForCausalLM.from_config(getattr(transformers, kind)(**{**BASE, **changes}))
+    with torch.no_grad():
+        for key, parameter in model.named_parameters():
+            parameter.add_(torch.randn_like(parameter) * (0.3 if "norm" in key or "bias" in key else 0.08))
+    model.to(torch.bfloat16).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="module", params=MODELS)
+def folder(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_model(request.param, tmp_path_factory.mktemp("model"))
+
+
+def in_fp32(folder: Path) -> Any:
+    """transformers' own model in fp32: bf16 weights are exact in it, so it is the definition."""
+    import transformers
+
+    return transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+
+
+def decoder_of(folder: Path, **settings: Any) -> NativeDecoder:
+    engine = halfbyte.load(folder, backend="decoder", **settings).engine
+    assert isinstance(engine, NativeDecoder)
+    return engine
+
+
+def relative(found: torch.Tensor, expected: torch.Tensor) -> float:
+    return float((found - expected).norm() / expected.norm())
+
+
+@torch.inference_mode()
+def greedy(network: Any, ids: torch.Tensor, steps: int) -> tuple[list[int], torch.Tensor]:
+    """transformers' greedy continuation with its cache, and the logits of each step."""
+    from transformers import DynamicCache
+
+    cache, found, logits, step = DynamicCache(config=network.config), [], [], ids
+    for _ in range(steps):
+        out = network(input_ids=step[None], past_key_values=cache, use_cache=True).logits[0, -1]
+        logits.append(out)
+        found.append(int(out.argmax()))
+        step = torch.tensor([found[-1]])
+    return found, torch.stack(logits)
+
+
+def test_logits_and_greedy_tokens_are_those_of_transformers(folder: Path) -> None:
+    network, decoder = in_fp32(folder), decoder_of(folder)
+    ids = torch.randint(320, (PROMPT,), generator=torch.Generator().manual_seed(1))
+    with torch.inference_mode():
+        expected = network(input_ids=ids[None]).logits[0]
+    assert relative(decoder.logits(ids), expected) < 5e-3
+    tokens, logits = greedy(network, ids, STEPS)
+    session, step = decoder.session(PROMPT + STEPS), ids.tolist()
+    for token, wanted in zip(tokens, logits, strict=True):
+        found = session.step(step)
+        assert relative(found, wanted) < 2e-2
+        best = wanted.topk(2).values
+        if float(best[0] - best[1]) > 0.05:
+            assert int(found.argmax()) == token
+        step = [token]
+
+
+def test_a_quantized_model_computes_its_dequantized_weights(folder: Path, tmp_path: Path) -> None:
+    halfbyte.quantize(folder, tmp_path / "int4", QuantConfig("rtn", group_size=32), progress=False)
+    ids = torch.randint(320, (PROMPT,), generator=torch.Generator().manual_seed(2))
+    reference = halfbyte.load(tmp_path / "int4", backend="reference")
+    expected = reference.logits(ids)
+    exact = decoder_of(tmp_path / "int4", compute="a16", head_bits=16)
+    assert set(exact.forms) == {"a16"}
+    assert relative(exact.logits(ids), expected) < 5e-3
+    fast = decoder_of(tmp_path / "int4", compute="a8", head_bits=16)
+    assert set(fast.forms) == {"a8"}
+    assert relative(fast.logits(ids), expected) < 6e-2
+
+
+def test_every_known_family_is_tested() -> None:
+    import transformers
+
+    tested = {getattr(transformers, kind)().model_type for kind, _ in MODELS.values()}
+    assert tested == set(FAMILIES)
+
+
+@pytest.mark.parametrize("compute", ["a8", "a16", "half"])
+def test_a_row_has_the_same_bits_in_any_company(tmp_path: Path, compute: str) -> None:
+    folder = write_model("llama", tmp_path / "model")
+    if compute != "half":
+        halfbyte.quantize(folder, tmp_path / "int4", QuantConfig("rtn", group_size=32), progress=False)
+        decoder = decoder_of(tmp_path / "int4", compute=compute)
+    else:
+        decoder = decoder_of(folder)
+    ids = torch.randint(320, (3, 300), generator=torch.Generator().manual_seed(3)).tolist()
+    alone = decoder.logits(torch.tensor(ids[0]))
+    cache = decoder.new_cache(3, 320)
+    together = decoder.step(cache, [ids[0][:290], ids[1][:5], []], logits="all")[:290]
+    assert torch.equal(together, alone[:290])
+    found = [decoder.step(cache, [[ids[0][290]], [], []])[0]]
+    found += list(decoder.step(cache, [ids[0][291:294], ids[1][5:7], ids[2][:1]], logits="all")[:3])
+    cache.rollback(0, 2)
+    found[2:] = list(decoder.step(cache, [ids[0][292:300], [], ids[2][1:20]], logits="all")[:8])
+    assert torch.equal(torch.stack(found), alone[290:])
+
+
+def test_the_number_of_threads_does_not_change_a_bit(tmp_path: Path) -> None:
+    from halfbyte import _native
+
+    decoder = decoder_of(write_model("gemma2", tmp_path))
+    ids, before, found = torch.arange(40) * 7 % 320, _native.threads(), []
+    try:
+        for threads in (1, 2, 3):
+            _native.set_threads(threads)
+            found.append(decoder.logits(ids))
+    finally:
+        _native.set_threads(before)
+    assert torch.equal(found[0], found[1])
+    assert torch.equal(found[0], found[2])
+
+
+@pytest.mark.parametrize("tier", ["portable", "avx2"])
+def test_every_tier_computes_the_same(tmp_path: Path, tier: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    from halfbyte import _native
+
+    if tier not in _native.available_tiers():
+        pytest.skip(f"this CPU lacks {tier}")
+    folder = write_model("qwen3", tmp_path / "model")
+    halfbyte.quantize(folder, tmp_path / "int4", QuantConfig("rtn", group_size=32), progress=False)
+    ids = torch.arange(50) * 11 % 320
+    expected = halfbyte.load(tmp_path / "int4", compute="a8", head_bits=4).logits(ids)
+    monkeypatch.setenv("HALFBYTE_ISA", tier)
+    assert relative(decoder_of(tmp_path / "int4", compute="a8", head_bits=4).logits(ids), expected) < 1e-2
+
+
+@pytest.mark.parametrize(("bits", "tolerance"), [(8, 1e-2), (4, 0.15)])
+def test_a_head_in_fewer_bits_is_close(tmp_path: Path, bits: int, tolerance: float) -> None:
+    folder = write_model("llama", tmp_path)
+    ids = torch.arange(50) * 11 % 320
+    plain, smaller = decoder_of(folder), decoder_of(folder, head_bits=bits)
+    assert 0 < relative(smaller.logits(ids), plain.logits(ids)) < tolerance
+    assert smaller.step_bytes < plain.step_bytes
+
+
+@pytest.mark.parametrize("keep", [{"keep_ratio": 0.1}, {"bits": 3}, {"bits": 8}, {"group_size": -1}])
+def test_whatever_a_checkpoint_holds_is_run(tmp_path: Path, keep: dict[str, Any]) -> None:
+    folder = write_model("llama", tmp_path / "model")
+    config = QuantConfig("rtn", **{"group_size": 32, "format": "native", **keep})
+    halfbyte.quantize(folder, tmp_path / "out", config, progress=False)
+    ids = torch.arange(50) * 11 % 320
+    reference = halfbyte.load(tmp_path / "out", backend="reference")
+    assert relative(decoder_of(tmp_path / "out", head_bits=16).logits(ids), reference.logits(ids)) < 3e-2
+
+
+def test_bad_steps_are_refused_and_change_nothing(tmp_path: Path) -> None:
+    decoder = decoder_of(write_model("llama", tmp_path))
+    cache = decoder.new_cache(2, 16)
+    decoder.step(cache, [[1, 2], []])
+    for tokens, says in [
+        ([[1] * 15, []], "context: 17 tokens do not fit into a cache of 16"),
+        ([[320], []], "token_ids: expected ids in"),
+        ([[-1], []], "token_ids: expected ids in"),
+        ([[], []], "at least one"),
+        ([[1]], "each of 2 sequences"),
+    ]:
+        with pytest.raises(ConfigError, match=says):
+            decoder.step(cache, tokens)
+    with pytest.raises(ConfigError, match="logits"):
+        decoder.step(cache, [[1], []], logits="some")
+    with pytest.raises(ConfigError, match="rollback"):
+        cache.rollback(0, 3)
+    with pytest.raises(ConfigError, match="at least one sequence"):
+        decoder.new_cache(0, 16)
+    assert cache.lengths == [2, 0]
+
+
+def test_what_the_decoder_does_not_know_runs_in_transformers(tmp_path: Path) -> None:
+    import transformers
+
+    config = transformers.StableLmConfig(**{**BASE, "hidden_size": 96})
+    transformers.AutoModelForCausalLM.from_config(config).to(torch.bfloat16).save_pretrained(tmp_path)
+    model = halfbyte.load(tmp_path)
+    assert model.engine.name == "transformers"
+    assert model.not_fused is not None
+    assert "stablelm" in model.not_fused
+    with pytest.raises(UnsupportedError, match="stablelm"):
+        halfbyte.load(tmp_path, backend="decoder")
+
+
+def test_a_tensor_of_the_wrong_shape_is_named(tmp_path: Path) -> None:
+    folder = write_model("llama", tmp_path)
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, "intermediate_size": 128}))
+    with pytest.raises(halfbyte.HalfbyteError, match=r"mlp\.gate_proj\.weight: expected shape \[128, 96\]"):
+        halfbyte.load(folder)
+
+
+@pytest.mark.parametrize(("settings", "says"), [({"compute": "a4"}, "compute"), ({"head_bits": 5}, "head_bits")])
+def test_bad_settings_are_refused(tmp_path: Path, settings: dict[str, Any], says: str) -> None:
+    folder = write_model("llama", tmp_path)
+    with pytest.raises(ConfigError, match=says):
+        halfbyte.load(folder, **settings)
