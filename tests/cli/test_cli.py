@@ -61,10 +61,10 @@ def test_eval_measures_both(quantized: tuple[Path, dict[str, object]], tmp_path:
     document = json.loads(run(*arguments, "--json").stdout)
     assert document["perplexity"]["tokens"] == 126
     assert document["throughput"]["decode_tokens_per_second"] > 0
-    assert document["kernels"] == {"native": 14}
+    assert document["kernels"] == {"a8": 14}
     table = run(*arguments)
     assert table.returncode == 0, table.stderr
-    for word in ("perplexity", "prefill", "decode", "14 × native"):
+    for word in ("perplexity", "prefill", "decode", "14 × a8"):
         assert word in table.stdout
 
 

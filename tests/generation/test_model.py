@@ -68,26 +68,33 @@ def test_unquantized_folders_load_too_and_give_transformers_logits(tiny_llama: P
     ids = torch.randint(320, (1, 30), generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
         expected = AutoModelForCausalLM.from_pretrained(tiny_llama)(ids).logits[0].float()
-    model = halfbyte.load(tiny_llama)
+    model = halfbyte.load(tiny_llama, backend="transformers")
     assert not model.quantized
     assert model.kernels == {}
     torch.testing.assert_close(model.logits(ids[0]), expected)
+    fused = halfbyte.load(tiny_llama)
+    assert fused.engine.name == "decoder"
+    with torch.no_grad():
+        expected = AutoModelForCausalLM.from_pretrained(tiny_llama, dtype=torch.float32)(ids).logits[0]
+    assert float((fused.logits(ids[0]) - expected).norm() / expected.norm()) < 2e-3
 
 
 @pytest.mark.parametrize("backend", ["native", "torch", "reference"])
-def test_every_backend_gives_the_same_logits(quantized_llama: Path, model: halfbyte.Model, backend: str) -> None:
+def test_every_backend_gives_the_same_logits(quantized_llama: Path, backend: str) -> None:
     found = halfbyte.load(quantized_llama, backend=backend)
     assert set(found.kernels) == {backend}
     ids = torch.randint(320, (30,), generator=torch.Generator().manual_seed(0))
-    expected = model.logits(ids)
+    expected = halfbyte.load(quantized_llama, compute="a16", head_bits=16).logits(ids)
     assert float((found.logits(ids) - expected).norm() / expected.norm()) < 1e-2
 
 
 def test_memory_counts_packed_weights_and_tied_ones_once(tiny_llama: Path, model: halfbyte.Model) -> None:
-    original = halfbyte.load(tiny_llama)
+    original, fused = halfbyte.load(tiny_llama, backend="transformers"), halfbyte.load(tiny_llama)
     parameters = sum(p.numel() for p in original.network.parameters())
+    norms = sum(p.numel() for p in original.network.parameters() if p.ndim == 1)
     assert original.nbytes == 2 * parameters
-    assert model.nbytes < original.nbytes
+    assert fused.nbytes == 2 * (parameters - norms)
+    assert halfbyte.load(model.folder, head_bits=16).nbytes < fused.nbytes
 
 
 @pytest.mark.parametrize(

@@ -56,7 +56,7 @@ def test_text_follows_the_distribution_of_the_model(model: halfbyte.Model) -> No
 
 
 def test_two_ends_in_a_row_end_a_document(model: halfbyte.Model, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(type(model), "stop_ids", frozenset(range(320)))
+    monkeypatch.setattr(model, "stop_ids", frozenset(range(320)))
     rows = self_calibration._write(model, [[5, 6], [5, -1]], 10, torch.Generator().manual_seed(0), int)
     assert [len(row) for row in rows] == [2, 2]
 

@@ -90,15 +90,15 @@ def folder(tiny_llama: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write(tiny_llama, tmp_path_factory.mktemp("native") / "model", packed=True)
 
 
-@pytest.mark.parametrize("backend", ["auto", "torch", "reference"])
+@pytest.mark.parametrize("backend", ["auto", "native", "torch", "reference"])
 def test_logits_are_those_of_the_dequantized_weights(
     tiny_llama: Path, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, backend: str
 ) -> None:
     # In fp32 on every CPU: the comparison is of weights, not of roundings of bf16 activations.
     monkeypatch.setattr("halfbyte.runtime.compute_dtype.has_bf16_arithmetic", lambda: False)
-    plain = halfbyte.load(write(tiny_llama, tmp_path / "plain", packed=False))
-    model = halfbyte.load(folder, backend=backend)
-    assert model.kernels == {"native" if backend == "auto" else backend: 14}
+    plain = halfbyte.load(write(tiny_llama, tmp_path / "plain", packed=False), backend="transformers")
+    model = halfbyte.load(folder, backend=backend, compute="a16", head_bits=16)
+    assert model.kernels == {"a16" if backend == "auto" else backend: 14}
     ids = torch.randint(320, (30,), generator=torch.Generator().manual_seed(0))
     expected, found = plain.logits(ids), model.logits(ids)
     assert float((found - expected).norm() / expected.norm()) <= 1e-2

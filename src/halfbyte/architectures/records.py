@@ -146,8 +146,8 @@ def decoder_record(config: Any) -> DecoderRecord | str:
 
 
 def _windows(config: Any) -> tuple[int, ...]:
-    window = getattr(config, "sliding_window", None) or 0
+    window = int(getattr(config, "sliding_window", None) or 0)
     types = getattr(config, "layer_types", None)
     if types is None:
-        return (window,) * config.num_hidden_layers
+        return (window,) * int(config.num_hidden_layers)
     return tuple(window if kind == "sliding_attention" else 0 for kind in types)

@@ -18,17 +18,19 @@ class Session(Protocol):
 
 
 class Engine(Protocol):
-    """A model that computes.
+    """A model that computes."""
 
-    Attributes:
-        name: "decoder" or "transformers".
-        vocabulary: token ids it has logits for.
-        nbytes: of its weights in memory, tied tensors once.
-    """
+    @property
+    def name(self) -> str:
+        """ "decoder" or "transformers"."""
 
-    name: str
-    vocabulary: int
-    nbytes: int
+    @property
+    def vocabulary(self) -> int:
+        """Token ids it has logits for."""
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of its weights in memory, tied tensors once."""
 
     def logits(self, ids: torch.Tensor) -> torch.Tensor:
         """Of every position of one sequence, int64 [tokens]: float32 [tokens, vocabulary] on the CPU."""

@@ -19,6 +19,7 @@ from halfbyte.errors import CheckpointError, ConfigError, UnsupportedError
 from halfbyte.formats.layouts import Layout, read_layout
 from halfbyte.kernels.decoder_linear import COMPUTE_MODES, HEAD_BITS
 from halfbyte.runtime.compute_dtype import prepare_for_cpu
+from halfbyte.runtime.decoder import NativeDecoder
 from halfbyte.runtime.decoder_loading import load_decoder
 from halfbyte.runtime.engine import Engine, TransformersEngine
 from halfbyte.runtime.experts import ExpertCollector
@@ -88,7 +89,7 @@ def load_model(
     if layout is not None and not linears:
         raise CheckpointError(f"{folder}: config.json announces quantized linears, the files hold none")
     record = _record(network, checkpoint, target, backend)
-    engine: Engine
+    engine: TransformersEngine | NativeDecoder
     if isinstance(record, str):
         if backend == DECODER:
             raise UnsupportedError(f'{folder}: backend "{DECODER}" cannot run it: {record}; use "{TRANSFORMERS}"')
