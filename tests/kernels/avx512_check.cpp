@@ -8,6 +8,7 @@
 #include <utility>
 #include <vector>
 
+#include "decoder_check.hpp"
 #include "half_multiply.hpp"
 #include "w4_matrix.hpp"
 
@@ -178,6 +179,7 @@ int main() {
         {33, 172, 32, 4, 0, true, BF16},  {33, 172, 32, 8, 9, true, F16},    {16, 24, 8, 4, 24, false, BF16},
     };
     for (const auto& shape : shapes) failures += check(shape);
+    failures += decoder_check::check_tier(*halfbyte::avx512_vnni_tier());
     std::printf("%d failures\n", failures);
     return failures != 0;
 }

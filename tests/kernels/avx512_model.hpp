@@ -91,3 +91,26 @@ inline __m128i _mm256_cvtps_ph(__m256 a, int) {
     for (int i = 0; i < 8; ++i) v.half[i] = halfbyte::to_f16(a.lane[i]);
     return v;
 }
+
+inline __m512i _mm512_setzero_si512() {
+    return model_lanes<__m512i>([](int) { return 0u; });
+}
+inline __m512i _mm512_sub_epi32(__m512i a, __m512i b) {
+    return model_lanes<__m512i>([&](int i) { return a.lane[i] - b.lane[i]; });
+}
+inline __m512i _mm512_mullo_epi32(__m512i a, __m512i b) {
+    return model_lanes<__m512i>([&](int i) { return a.lane[i] * b.lane[i]; });
+}
+inline __m512i _mm512_cvtepu8_epi32(__m128i a) {
+    return model_lanes<__m512i>([&](int i) { return (a.half[i / 2] >> (8 * (i % 2))) & 255u; });
+}
+// Four products of an unsigned byte of a and a signed byte of b, added to each lane, without saturation.
+inline __m512i _mm512_dpbusd_epi32(__m512i sums, __m512i a, __m512i b) {
+    return model_lanes<__m512i>([&](int i) {
+        std::int32_t sum = static_cast<std::int32_t>(sums.lane[i]);
+        for (int byte = 0; byte < 4; ++byte)
+            sum += static_cast<std::int32_t>((a.lane[i] >> (8 * byte)) & 255u) *
+                   static_cast<std::int8_t>((b.lane[i] >> (8 * byte)) & 255u);
+        return static_cast<std::uint32_t>(sum);
+    });
+}

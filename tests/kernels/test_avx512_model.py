@@ -18,7 +18,9 @@ def test_tier_on_modelled_intrinsics(tmp_path: Path) -> None:
     program = tmp_path / "check"
     sources = [
         HERE / "avx512_check.cpp",
+        NATIVE / "decoder.cpp",
         NATIVE / "half_multiply.cpp",
+        NATIVE / "linear.cpp",
         NATIVE / "w4_matrix.cpp",
         NATIVE / "thread_pool.cpp",
     ]
