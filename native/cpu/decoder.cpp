@@ -51,22 +51,22 @@ std::size_t KvCache::nbytes() const {
     return static_cast<std::size_t>(layers_) * sequences_ * kv_heads_ * 2 * stride_ * sizeof(std::uint16_t);
 }
 
-// Linears that share their input, one after the other in the output.
-struct Decoder::Projection {
-    std::vector<const Linear*> parts;
-
-    explicit Projection(const Linear& only) : parts{&only} {}
-    explicit Projection(const std::vector<std::shared_ptr<const Linear>>& linears) {
-        for (const auto& linear : linears) parts.push_back(linear.get());
+Decoder::Projection::Projection(const std::vector<std::shared_ptr<const Linear>>& linears) {
+    require(!linears.empty() && linears.size() <= PARTS, "a projection has one to three parts");
+    for (const auto& linear : linears) {
+        require(linear != nullptr, "a projection lacks a part");
+        source[count] = 0;
+        while (linears[source[count]]->form() != linear->form()) ++source[count];
+        parts[count++] = linear.get();
+        blocks += linear->blocks();
     }
+}
 
-    // The earlier part whose prepared rows part i takes, or i itself.
-    std::size_t same_form(std::size_t i) const {
-        for (std::size_t j = 0; j < i; ++j)
-            if (parts[j]->form() == parts[i]->form()) return j;
-        return i;
-    }
-};
+std::size_t Decoder::Projection::prepared_bytes() const {
+    std::size_t bytes = 0;
+    for (int i = 0; i < count; ++i) bytes += parts[i]->prepared_bytes();
+    return bytes;
+}
 
 // One chunk of rows on its way through the layers.
 struct Decoder::Work {
@@ -76,7 +76,6 @@ struct Decoder::Work {
     std::vector<int> wanted;
     float* logits;
     std::size_t qkv_stride, wide_stride, result_stride;
-    std::size_t prepared_bytes;  // of one row, for the widest projection
     // [rows][...], 64-byte aligned
     std::vector<float> memory;
     float *x, *qkv, *y, *wide, *results;
@@ -127,7 +126,13 @@ Decoder::Decoder(const Tier& tier, const DecoderConfig& config, std::vector<Deco
                         static_cast<int>(layer.k_norm.size()) == (whole ? kv_rows : c.head_dim),
                     "q_norm, k_norm: must be [head_dim], or as wide as q and k");
         require(layer.rotation >= 0 && layer.rotation < c.rotations, "rotation: no such table");
+        projections_.push_back({Projection(layer.qkv), Projection({layer.output}), Projection(layer.gate_up),
+                                Projection({layer.down})});
+        for (const Projection* p : {&projections_.back().qkv, &projections_.back().output, &projections_.back().gate_up,
+                                    &projections_.back().down})
+            prepared_bytes_ = std::max(prepared_bytes_, p->prepared_bytes());
     }
+    prepared_bytes_ = std::max(prepared_bytes_, head_->prepared_bytes());
 }
 
 void Decoder::set_rotation(int rotation, const float* cosines, const float* sines, int positions) {
@@ -160,7 +165,7 @@ void Decoder::step(KvCache& cache, const DecoderStep& step) {
 
 void Decoder::chunk(KvCache& cache, const DecoderStep& step, int first, int rows) {
     const DecoderConfig& c = config_;
-    Work work{cache, step, first, rows, {}, nullptr, 0, 0, 0, 0, {}, nullptr, nullptr, nullptr, nullptr, nullptr, {}, {}, {}};
+    Work work{cache, step, first, rows, {}, nullptr, 0, 0, 0, {}, nullptr, nullptr, nullptr, nullptr, nullptr, {}, {}, {}};
     int earlier = 0;
     for (int i = 0; i < step.wanted_rows; ++i) {
         if (step.wanted[i] < first) ++earlier;
@@ -185,23 +190,15 @@ void Decoder::chunk(KvCache& cache, const DecoderStep& step, int first, int rows
         *places[i] = at;
         at += sizes[i] * rows;
     }
-    auto widest = head_->prepared_bytes();
-    for (const DecoderLayer& layer : layers_) {
-        std::size_t qkv = 0, gate_up = 0;
-        for (const auto& part : layer.qkv) qkv += part->prepared_bytes();
-        for (const auto& part : layer.gate_up) gate_up += part->prepared_bytes();
-        widest = std::max({widest, qkv, gate_up, layer.output->prepared_bytes(), layer.down->prepared_bytes()});
-    }
-    work.prepared_bytes = widest;
     auto& pool = ThreadPool::instance();
     const int threads = pool.threads();
     work.prepared.resize(threads);
     work.scratch.resize(threads);
     for (int id = 0; id < threads; ++id) {
-        work.prepared[id].resize(REDUNDANT_ROWS * widest + LINE);
+        work.prepared[id].resize(REDUNDANT_ROWS * prepared_bytes_ + LINE);
         work.scratch[id].resize(2 * std::max({c.hidden, q_rows, c.intermediate}) + LINE);
     }
-    work.shared.resize(rows > REDUNDANT_ROWS ? rows * widest + LINE : 0);
+    work.shared.resize(rows > REDUNDANT_ROWS ? rows * prepared_bytes_ + LINE : 0);
     pool.run_team([&](Team& team, int id) { run(team, id, work); });
 }
 
@@ -227,22 +224,24 @@ void Decoder::run(Team& team, int id, Work& work) const {
 
 // Prepared rows for every part of a projection. `produce(row, scratch)` returns the row to prepare, in scratch or elsewhere.
 template <class Produce>
-std::vector<const std::uint8_t*> Decoder::prepare(Team& team, int id, Work& work, const Projection& projection, int rows,
-                                                  const Produce& produce) const {
+Decoder::Prepared Decoder::prepare(Team& team, int id, Work& work, const Projection& projection, int rows,
+                                   const Produce& produce) const {
     const bool redundant = rows <= REDUNDANT_ROWS;
     auto& memory = redundant ? work.prepared[id] : work.shared;
     auto* base = reinterpret_cast<std::uint8_t*>(round_up(reinterpret_cast<std::uintptr_t>(memory.data()), LINE));
-    std::vector<std::uint8_t*> places;
-    for (const Linear* part : projection.parts) {
-        places.push_back(base);
-        base += part->prepared_bytes() * rows;
+    std::uint8_t* places[PARTS];
+    Prepared result{};
+    for (int i = 0; i < projection.count; ++i) {
+        places[i] = base;
+        base += projection.parts[i]->prepared_bytes() * rows;
+        result.rows[i] = places[projection.source[i]];
     }
     float* scratch = work.scratch[id].data();
     const auto prepare_rows = [&](int begin, int end) {
         for (int row = begin; row < end; ++row) {
             const float* x = produce(row, scratch);
-            for (std::size_t i = 0; i < projection.parts.size(); ++i)
-                if (projection.same_form(i) == i)
+            for (int i = 0; i < projection.count; ++i)
+                if (projection.source[i] == i)
                     projection.parts[i]->prepare(x, places[i] + projection.parts[i]->prepared_bytes() * row);
         }
     };
@@ -250,24 +249,20 @@ std::vector<const std::uint8_t*> Decoder::prepare(Team& team, int id, Work& work
         prepare_rows(0, rows);
     else
         team.phase(rows, team.piece(rows), prepare_rows);
-    std::vector<const std::uint8_t*> result;
-    for (std::size_t i = 0; i < places.size(); ++i) result.push_back(places[projection.same_form(i)]);
     return result;
 }
 
 // y[rows][...] = every part's product; then after(first column, last column) by the thread that computed them.
 template <class After>
-void Decoder::multiply(Team& team, const Projection& projection, const std::vector<const std::uint8_t*>& prepared,
-                       int rows, float* y, std::size_t stride, const After& after) const {
-    int blocks = 0;
-    for (const Linear* part : projection.parts) blocks += part->blocks();
-    team.phase(blocks, team.piece(blocks, 2), [&](int begin, int end) {
+void Decoder::multiply(Team& team, const Projection& projection, const Prepared& prepared, int rows, float* y,
+                       std::size_t stride, const After& after) const {
+    team.phase(projection.blocks, team.piece(projection.blocks, 2), [&](int begin, int end) {
         int column = 0, start = 0;
-        for (std::size_t i = 0; i < projection.parts.size(); ++i) {
+        for (int i = 0; i < projection.count; ++i) {
             const Linear& part = *projection.parts[i];
             const int from = std::max(begin - start, 0), to = std::min(end - start, part.blocks());
             if (from < to) {
-                part.multiply(prepared[i], rows, y + column, stride, from, to);
+                part.multiply(prepared.rows[i], rows, y + column, stride, from, to);
                 after(column + from * BLOCK_ROWS, column + std::min(to * BLOCK_ROWS, part.rows()));
             }
             column += part.rows();
@@ -301,9 +296,8 @@ void Decoder::run_layer(Team& team, int id, Work& work, int index) const {
     };
     const auto nothing = [](int, int) {};
     // The branch's result goes to the residual stream, at once unless a norm comes between.
-    const auto finish = [&](const Linear& linear, const std::vector<const std::uint8_t*>& prepared,
-                            const std::vector<float>& post_norm) {
-        multiply(team, Projection(linear), prepared, work.rows, work.y, c.hidden, [&](int first, int last) {
+    const auto finish = [&](const Projection& projection, const Prepared& prepared, const std::vector<float>& post_norm) {
+        multiply(team, projection, prepared, work.rows, work.y, c.hidden, [&](int first, int last) {
             if (!post_norm.empty()) return;
             for (int row = 0; row < work.rows; ++row) {
                 const std::size_t at = static_cast<std::size_t>(row) * c.hidden;
@@ -313,26 +307,26 @@ void Decoder::run_layer(Team& team, int id, Work& work, int index) const {
         if (!post_norm.empty()) add_normed(team, work, post_norm);
     };
 
-    const Projection qkv(layer.qkv), gate_up(layer.gate_up);
-    const auto normed_rows = prepare(team, id, work, qkv, work.rows, normed(layer.attention_norm));
-    multiply(team, qkv, normed_rows, work.rows, work.qkv, work.qkv_stride, nothing);
+    const Projections& p = projections_[index];
+    const auto normed_rows = prepare(team, id, work, p.qkv, work.rows, normed(layer.attention_norm));
+    multiply(team, p.qkv, normed_rows, work.rows, work.qkv, work.qkv_stride, nothing);
     place_keys(team, work, index);
     attend(team, work, index);
-    const auto attended = prepare(team, id, work, Projection(*layer.output), work.rows, [&](int row, float* scratch) {
+    const auto attended = prepare(team, id, work, p.output, work.rows, [&](int row, float* scratch) {
         for (int head = 0; head < c.heads; ++head)
             gather_head(work, index, row, head, scratch + static_cast<std::size_t>(head) * c.head_dim);
         return static_cast<const float*>(scratch);
     });
-    finish(*layer.output, attended, layer.attention_post_norm);
+    finish(p.output, attended, layer.attention_post_norm);
 
-    const auto mlp_rows = prepare(team, id, work, gate_up, work.rows, normed(layer.mlp_norm));
-    multiply(team, gate_up, mlp_rows, work.rows, work.wide, work.wide_stride, nothing);
-    const auto gated = prepare(team, id, work, Projection(*layer.down), work.rows, [&](int row, float* scratch) {
+    const auto mlp_rows = prepare(team, id, work, p.gate_up, work.rows, normed(layer.mlp_norm));
+    multiply(team, p.gate_up, mlp_rows, work.rows, work.wide, work.wide_stride, nothing);
+    const auto gated = prepare(team, id, work, p.down, work.rows, [&](int row, float* scratch) {
         const float* wide = work.wide + row * work.wide_stride;
         tier_.math.gated(wide, wide + c.intermediate, c.intermediate, static_cast<Activation>(c.activation), scratch);
         return static_cast<const float*>(scratch);
     });
-    finish(*layer.down, gated, layer.mlp_post_norm);
+    finish(p.down, gated, layer.mlp_post_norm);
 }
 
 void Decoder::place_keys(Team& team, Work& work, int index) const {
@@ -436,7 +430,7 @@ void Decoder::run_head(Team& team, int id, Work& work) const {
     const DecoderConfig& c = config_;
     const int rows = static_cast<int>(work.wanted.size());
     if (rows == 0) return;
-    const Projection projection(*head_);
+    const Projection projection({head_});
     const auto prepared = prepare(team, id, work, projection, rows, [&](int row, float* scratch) {
         tier_.math.rms_norm(work.x + static_cast<std::size_t>(work.wanted[row]) * c.hidden, final_norm_.data(), c.hidden,
                             c.epsilon, scratch);

@@ -107,7 +107,22 @@ class Decoder {
 
    private:
     struct Work;
-    struct Projection;
+    static constexpr int PARTS = 3;
+    // Linears that share their input, one after the other in the output. `source[i]`: the first part whose prepared rows part i
+    // can take.
+    struct Projection {
+        explicit Projection(const std::vector<std::shared_ptr<const Linear>>& linears);
+        std::size_t prepared_bytes() const;  // of a row, for all parts
+        int count = 0, blocks = 0;
+        const Linear* parts[PARTS] = {};
+        int source[PARTS] = {};
+    };
+    struct Projections {
+        Projection qkv, output, gate_up, down;
+    };
+    struct Prepared {
+        const std::uint8_t* rows[PARTS];
+    };
     struct Rotation {
         std::vector<float> cosines, sines;
     };
@@ -119,11 +134,10 @@ class Decoder {
     void gather_head(const Work& work, int index, int row, int head, float* out) const;
     void run_head(Team& team, int id, Work& work) const;
     template <class Produce>
-    std::vector<const std::uint8_t*> prepare(Team& team, int id, Work& work, const Projection& projection, int rows,
-                                             const Produce& produce) const;
+    Prepared prepare(Team& team, int id, Work& work, const Projection& projection, int rows, const Produce& produce) const;
     template <class After>
-    void multiply(Team& team, const Projection& projection, const std::vector<const std::uint8_t*>& prepared, int rows,
-                  float* y, std::size_t stride, const After& after) const;
+    void multiply(Team& team, const Projection& projection, const Prepared& prepared, int rows, float* y, std::size_t stride,
+                  const After& after) const;
     void add_normed(Team& team, Work& work, const std::vector<float>& norm) const;
 
     const Tier& tier_;
@@ -131,6 +145,8 @@ class Decoder {
     std::vector<DecoderLayer> layers_;
     std::vector<float> final_norm_;
     std::shared_ptr<const Linear> head_;
+    std::vector<Projections> projections_;
+    std::size_t prepared_bytes_ = 0;  // of a row, for the widest projection
     const void* embedding_;
     DType embedding_dtype_;
     std::vector<Rotation> rotations_;
