@@ -43,7 +43,13 @@ def command(
     from halfbyte.generation.model import load
 
     loaded = load(model, device=device, backend=backend, compute=compute, head_bits=parse_head_bits(head_bits))
-    result: dict[str, Any] = {"model": model, "kernels": loaded.kernels, "memory_bytes": loaded.nbytes}
+    result: dict[str, Any] = {
+        "model": model,
+        "engine": loaded.engine.name,
+        "not_fused": loaded.not_fused,
+        "kernels": loaded.kernels,
+        "memory_bytes": loaded.nbytes,
+    }
     if not skip_perplexity:
         measured = measure_perplexity(loaded, text, window=window, stride=stride, max_windows=max_windows)
         result["perplexity"] = {"data": data, **asdict(measured)}
@@ -86,5 +92,8 @@ def _print_result(result: dict[str, Any]) -> None:
         note = f"{part['new_tokens'] - 1} tokens, one sequence, median of {part['repeats']}"
         rows.append(("decode", f"{part['decode_tokens_per_second']:,.1f} tok/s", note))
     kernels = ", ".join(f"{count} × {name}" for name, count in result["kernels"].items()) or "none: not quantized"
+    rows.append(
+        ("engine", result["engine"], f"not the decoder: {result['not_fused']}" if result["not_fused"] else "fused")
+    )
     rows.append(("kernels", kernels, "quantized linears"))
     print_table(("measure", "value", "how"), rows, result["model"])

@@ -22,7 +22,7 @@ class Engine(Protocol):
 
     @property
     def name(self) -> str:
-        """ "decoder" or "transformers"."""
+        """Which of them it is: decoder or transformers."""
 
     @property
     def vocabulary(self) -> int:
