@@ -144,15 +144,14 @@ def test_states_come_back_as_they_were_saved(spill: bool, tmp_path: Path) -> Non
     states = fresh()
     for number in range(2):
         start = torch.full((1, 2, 3), float(number))
-        states.take(Batch(start, [{}], start if number else None))
+        states.take(Batch(start, [{}]))
     assert torch.equal(states.batches[1].hidden, torch.full((1, 2, 3), 1.0))
     outputs = torch.randn(2, 1, 2, 3)
     for batch, output in zip(states.batches, outputs, strict=True):
         batch.hidden = output
-    states.batches[1].propagated = outputs[0] * 2
     saved = states.save()
     states.forget_earlier()
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["1-0.hidden", "1-1.hidden", "1-1.propagated"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["1-0.hidden", "1-1.hidden"]
     assert is_saved(tmp_path, saved)
 
     again = fresh()
@@ -160,9 +159,6 @@ def test_states_come_back_as_they_were_saved(spill: bool, tmp_path: Path) -> Non
         again.take(Batch(torch.zeros(1, 2, 3), [{}]), saved)
     assert again.step == 1
     assert torch.equal(torch.stack([batch.hidden for batch in again.batches]), outputs)
-    assert again.batches[0].propagated is None
-    assert again.batches[1].propagated is not None
-    assert torch.equal(again.batches[1].propagated, outputs[0] * 2)
 
     (tmp_path / "1-0.hidden").write_bytes(b"x")
     assert not is_saved(tmp_path, saved)

@@ -28,13 +28,11 @@ class Batch:
     Attributes:
         hidden: float32 [blocks, tokens, hidden], input of the decoder block reached so far.
         kwargs: what the model passes beside it, for each decoder block (masks, rotary embeddings).
-        propagated: the same as `hidden` through the blocks as they were quantized, where the method wants it.
         counts: bool [blocks, tokens], which tokens' activations count in the statistics; None for all.
     """
 
     hidden: torch.Tensor
     kwargs: list[dict[str, Any]]
-    propagated: torch.Tensor | None = None
     counts: torch.Tensor | None = None
 
 

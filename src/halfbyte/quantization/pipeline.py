@@ -201,7 +201,7 @@ class _Job:
         states = 0
         if self.calibration is not None:
             hidden_size = self.skeleton.config.get_text_config().hidden_size
-            states = 2 * 4 * hidden_size * self.calibration.tokens * (2 if self.propagates else 1)
+            states = 2 * 4 * hidden_size * self.calibration.tokens
         return outside + round(2 * inside * bits / 16) + states
 
     @contextmanager
@@ -293,8 +293,6 @@ class _Job:
             self.plan.batch_tokens,
             self.calibration.masks,
         ):
-            if self.propagates and batch.propagated is None:
-                batch.propagated = batch.hidden
             states.take(batch, saved)
         return states
 

@@ -1,6 +1,6 @@
 """The hidden states between two blocks: in memory, or in files where they do not fit; on disk once a block is done.
 
-One file for each batch and block, raw float32, named STEP-NUMBER.KIND: STEP is the index of the block they go into.
+One file for each batch and block, raw float32, named STEP-NUMBER.hidden: STEP is the index of the block they go into.
 Files are read, not mapped: the pages of a map would count as resident memory, which is what they are to save.
 """
 
@@ -15,8 +15,6 @@ from halfbyte.checkpoints.disk import fsync, writes_explained
 from halfbyte.checkpoints.journal import file_hash, is_intact
 from halfbyte.quantization.capture import Batch
 
-KINDS = ("hidden", "propagated")
-
 
 class States:
     """All batches on their way through the model.
@@ -28,7 +26,7 @@ class States:
         spill: keep nothing in memory but what is in use.
 
     Attributes:
-        batches: in the order of the calibration set. Theirs to replace: `hidden`, `propagated`, `kwargs`.
+        batches: in the order of the calibration set. Theirs to replace: `hidden` and `kwargs`.
         step: index of the block they go into.
     """
 
@@ -50,20 +48,22 @@ class States:
         number = len(self.batches)
         taken = _SpilledBatch(batch, self, number) if self.spill else batch
         if saved is None:
-            taken.hidden, taken.propagated = batch.hidden, batch.propagated
+            taken.hidden = batch.hidden
         else:
             self.step = saved["step"]
-            for kind in KINDS:
-                name = f"{self.step}-{number}.{kind}"
-                entry = saved["files"].get(name)
-                place = None if entry is None else (self.folder / name, torch.Size(entry["shape"]))
-                if isinstance(taken, _SpilledBatch):
-                    taken.files[kind] = place
-                else:
-                    setattr(taken, kind, None if place is None else read_state(*place).to(self.device))
+            path = self.path(self.step, number)
+            place = path, torch.Size(saved["files"][path.name]["shape"])
+            if isinstance(taken, _SpilledBatch):
+                taken.place = place
+            else:
+                taken.hidden = read_state(*place).to(self.device)
         self.batches.append(taken)
         if isinstance(taken, _SpilledBatch):
             taken.ahead = 1
+
+    def path(self, step: int, number: int) -> Path:
+        """The file of a batch, by its place in `batches`, as it goes into block `step`."""
+        return self.folder / f"{step}-{number}.hidden"
 
     def save(self) -> dict[str, Any]:
         """Make durable what goes into the next block, and count on.
@@ -78,11 +78,13 @@ class States:
         files: dict[str, Any] = {}
         with writes_explained(self.target):
             for number, batch in enumerate(self.batches):
-                for kind in KINDS:
-                    path = self.folder / f"{self.step}-{number}.{kind}"
-                    shape = batch.shape_of(kind) if isinstance(batch, _SpilledBatch) else _write(path, batch, kind)
-                    if shape is not None:
-                        files[path.name] = {"shape": list(shape), "sha256": file_hash(path)}
+                path = self.path(self.step, number)
+                if isinstance(batch, _SpilledBatch):
+                    shape = batch.place[1]
+                else:
+                    write_state(path, batch.hidden)
+                    shape = batch.hidden.shape
+                files[path.name] = {"shape": list(shape), "sha256": file_hash(path)}
             for name in files:
                 fsync(self.folder / name)
             fsync(self.folder)
@@ -117,57 +119,25 @@ def read_state(path: Path, shape: torch.Size) -> torch.Tensor:
     return tensor
 
 
-def _write(path: Path, batch: Batch, kind: str) -> torch.Size | None:
-    tensor: torch.Tensor | None = getattr(batch, kind)
-    if tensor is None:
-        return None
-    write_state(path, tensor)
-    return tensor.shape
-
-
 class _SpilledBatch(Batch):
-    """A batch whose hidden states are in files: read each time they are asked for, written when they are replaced."""
+    """A batch whose hidden states are in a file: read each time they are asked for, written when they are replaced."""
+
+    place: tuple[Path, torch.Size]
 
     def __init__(self, batch: Batch, states: States, number: int):
         self.kwargs, self.counts = batch.kwargs, batch.counts
-        self.files: dict[str, tuple[Path, torch.Size] | None] = dict.fromkeys(KINDS)
         self.ahead = 0  # what is set at first goes into the block to come, what is set later comes out of it
         self._states = states
         self._number = number
 
-    def shape_of(self, kind: str) -> torch.Size | None:
-        """Of what is in the file, without reading it."""
-        place = self.files[kind]
-        return None if place is None else place[1]
-
-    def _get(self, kind: str) -> torch.Tensor | None:
-        place = self.files[kind]
-        return None if place is None else read_state(*place).to(self._states.device)
-
-    def _set(self, kind: str, value: torch.Tensor | None) -> None:
-        self.files[kind] = None
-        if value is not None:
-            path = self._states.folder / f"{self._states.step + self.ahead}-{self._number}.{kind}"
-            with writes_explained(self._states.target, value.nbytes):
-                write_state(path, value)
-            self.files[kind] = (path, value.shape)
-
     @property
     def hidden(self) -> torch.Tensor:
         """Float32 [blocks, tokens, hidden], read from its file."""
-        value = self._get("hidden")
-        assert value is not None
-        return value
+        return read_state(*self.place).to(self._states.device)
 
     @hidden.setter
     def hidden(self, value: torch.Tensor) -> None:
-        self._set("hidden", value)
-
-    @property
-    def propagated(self) -> torch.Tensor | None:
-        """The same through the blocks as they were quantized, or None."""
-        return self._get("propagated")
-
-    @propagated.setter
-    def propagated(self, value: torch.Tensor | None) -> None:
-        self._set("propagated", value)
+        path = self._states.path(self._states.step + self.ahead, self._number)
+        with writes_explained(self._states.target, value.nbytes):
+            write_state(path, value)
+        self.place = path, value.shape
