@@ -40,6 +40,13 @@ def test_quantize_prints_its_report_as_json(quantized: tuple[Path, dict[str, obj
     assert len(report["linears"]) == 14  # type: ignore[arg-type]
 
 
+def test_quantize_propagates_when_told_to(tiny_llama: Path, tmp_path: Path) -> None:
+    settings = ["--max-calib-samples", 2, "--max-calib-seq-len", 32, "--n-grid", 2, "--propagate", "--json"]
+    result = run("quantize", tiny_llama, "-o", tmp_path / "out", *settings)
+    assert result.returncode == 0, result.stderr
+    assert json.loads(result.stdout)["config"]["propagate"] is True
+
+
 def test_quantize_prints_a_table(tiny_llama: Path, tmp_path: Path) -> None:
     result = run("quantize", tiny_llama, "-o", tmp_path / "out", "--max-calib-samples", 2, "--max-calib-seq-len", 64)
     assert result.returncode == 0, result.stderr
@@ -104,6 +111,7 @@ def test_every_verb_has_help_with_an_example(verb: str) -> None:
         (["eval", "nowhere", "--data", "none.txt"], "--data none.txt: cannot be read"),
         (["quantize", "nowhere", "-o", "out"], "nowhere: no such folder"),
         (["quantize", "nowhere", "-o", "out", "--bits", "5"], "bits: "),
+        (["quantize", "nowhere", "-o", "out", "--method", "rtn", "--propagate"], "propagate: method rtn looks at no"),
         (["quantize", "nowhere", "-o", "out", "--group-size", "big"], "--group-size big"),
         (["quantize", "nowhere", "-o", "out", "--duo-scaling", "maybe"], "--duo-scaling maybe"),
         (["quantize", "nowhere", "-o", "out", "--calibration", "none.txt"], "nowhere: no such folder"),

@@ -45,7 +45,7 @@ def plan(budget: int | str | None, **changes: Any) -> MemoryPlan:
         "sequences": [500] * 1000,
         "hidden_size": 1000,
         "embedding_bytes": 10,
-        "propagates": False,
+        "propagate": False,
     }
     return plan_memory(blocks, linears, **{**settings, **changes}, budget=budget)
 
@@ -64,7 +64,7 @@ def test_inputs_are_spilled_first_and_then_batches_get_smaller() -> None:
     smaller = plan(spilled.expected_bytes - 1)
     assert smaller.spill
     assert smaller.batch_tokens == BATCH_TOKENS // 2
-    assert plan(ample, propagates=True).spill
+    assert plan(ample, propagate=True).spill
 
 
 def test_a_budget_that_cannot_work_is_told_the_least_that_does() -> None:
@@ -112,7 +112,7 @@ def test_the_plan_looks_at_the_block_with_most_outputs() -> None:
         small, large = nn.Sequential(nn.Linear(8, 8)), nn.Sequential(nn.Linear(8, 5), nn.Linear(5, 8))
 
     def expected(*parts: nn.Module) -> int:
-        settings: dict[str, Any] = {"hidden_size": 8, "embedding_bytes": 10**9, "propagates": False, "budget": None}
+        settings: dict[str, Any] = {"hidden_size": 8, "embedding_bytes": 10**9, "propagate": False, "budget": None}
         return plan_memory(nn.ModuleList(parts), [("0", 8)], sequences=[16], **settings).expected_bytes
 
     assert expected(small, large) == expected(large, small) == expected(large)

@@ -46,6 +46,7 @@ def test_whole_rows_always_work() -> None:
         ({"group_size": "big"}, "group_size"),
         ({"n_grid": 0}, "n_grid"),
         ({"duo_scaling": "x"}, "duo_scaling"),
+        ({"method": "rtn", "propagate": True}, "propagate: method rtn looks at no activations"),
     ],
 )
 def test_values_that_cannot_work_are_refused_by_name(bad: dict[str, Any], named: str) -> None:

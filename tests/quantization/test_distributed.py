@@ -183,10 +183,7 @@ def test_what_a_worker_refuses_is_one_line_here(cluster: Any, model: Path, tmp_p
         workers.result(future)
 
 
-def test_a_method_whose_blocks_depend_on_each_other_is_refused(
-    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(QuantConfig, "propagates", True, raising=False)
-    with pytest.raises(UnsupportedError, match="ray: method awq passes the error of each block on to the next"):
-        halfbyte.quantize(model, tmp_path / "out", QUICK, **SETTINGS, ray="local")
+def test_blocks_that_depend_on_each_other_are_refused(model: Path, tmp_path: Path) -> None:
+    with pytest.raises(UnsupportedError, match="ray: propagate passes the error of each block on to the next"):
+        halfbyte.quantize(model, tmp_path / "out", QuantConfig(propagate=True), **SETTINGS, ray="local")
     assert list(tmp_path.iterdir()) == []

@@ -6,6 +6,7 @@ import json
 import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -52,6 +53,14 @@ def whole(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return output
 
 
+@pytest.fixture(scope="module")
+def wholes(model: Path, whole: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[bool, Path]:
+    """The same without and with propagation of errors."""
+    output = tmp_path_factory.mktemp("whole") / "propagated"
+    halfbyte.quantize(model, output, replace(QUICK, propagate=True), **SETTINGS)
+    return {False: whole, True: output}
+
+
 def contents(folder: Path) -> dict[str, Any]:
     """Every file; the manifest without what was measured."""
     found: dict[str, Any] = {path.name: path.read_bytes() for path in folder.iterdir()}
@@ -83,27 +92,30 @@ def spilled(monkeypatch: pytest.MonkeyPatch) -> None:
     )
 
 
+@pytest.mark.parametrize("propagate", [False, True])
 @pytest.mark.parametrize(("done", "spill"), [(1, False), (2, True), (3, False)])
 def test_a_resumed_run_ends_in_the_same_bits(
     done: int,
     spill: bool,
+    propagate: bool,
     model: Path,
-    whole: Path,
+    wholes: dict[bool, Path],
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
+    config = replace(QUICK, propagate=propagate)
     if spill:
         spilled(monkeypatch)
     with killed_after(done, monkeypatch):
-        halfbyte.quantize(model, tmp_path / "out", QUICK, **SETTINGS)
+        halfbyte.quantize(model, tmp_path / "out", config, **SETTINGS)
     assert [path.name for path in tmp_path.iterdir()] == [".out.partial"]
     capsys.readouterr()
-    report = halfbyte.quantize(model, tmp_path / "out", QUICK, **SETTINGS)
+    report = halfbyte.quantize(model, tmp_path / "out", config, **SETTINGS)
     lines = [line for line in capsys.readouterr().err.splitlines() if line.startswith("halfbyte:")]
     assert len(lines) == 1
     assert f"{done} of {BLOCKS} blocks are done" in lines[0]
-    assert contents(tmp_path / "out") == contents(whole)
+    assert contents(tmp_path / "out") == contents(wholes[propagate])
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
     assert len(report.blocks) == BLOCKS
     assert all(block.seconds > 0 and block.peak_memory_bytes > 1e8 for block in report.blocks)
@@ -115,6 +127,11 @@ def test_one_calibration_block_less_is_another_result(model: Path, whole: Path, 
     assert contents(tmp_path / "out")["model.safetensors"] != contents(whole)["model.safetensors"]
 
 
+def test_propagation_is_another_result(wholes: dict[bool, Path]) -> None:
+    plain, propagated = (contents(wholes[on])["model.safetensors"] for on in (False, True))
+    assert plain != propagated
+
+
 def test_rounding_to_nearest_resumes_too(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     halfbyte.quantize(model, tmp_path / "whole", QuantConfig(method="rtn"))
     with killed_after(1, monkeypatch):
@@ -123,19 +140,25 @@ def test_rounding_to_nearest_resumes_too(model: Path, tmp_path: Path, monkeypatc
     assert contents(tmp_path / "out") == contents(tmp_path / "whole")
 
 
+@pytest.mark.parametrize("propagate", [False, True])
 def test_a_state_lost_costs_time_and_nothing_else(
-    model: Path, whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    propagate: bool, model: Path, wholes: dict[bool, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The hidden states are computed again through the blocks that are done; a damaged block is quantized again."""
+    config = replace(QUICK, propagate=propagate)
     with killed_after(2, monkeypatch):
-        halfbyte.quantize(model, tmp_path / "out", QUICK, **SETTINGS)
+        halfbyte.quantize(model, tmp_path / "out", config, **SETTINGS)
     work = tmp_path / ".out.partial"
     for state in (work / "states").iterdir():
         state.write_bytes(b"\0" * state.stat().st_size)
     block = work / "blocks" / "0.safetensors"
     block.write_bytes(block.read_bytes()[:-8] + b"damaged!")
-    halfbyte.quantize(model, tmp_path / "out", QUICK, **SETTINGS)
-    assert contents(tmp_path / "out") == contents(whole)
+    recorded: list[int] = []
+    record = Journal.record
+    monkeypatch.setattr(Journal, "record", lambda self, index, *a: (recorded.append(index), record(self, index, *a)))
+    halfbyte.quantize(model, tmp_path / "out", config, **SETTINGS)
+    assert recorded == [0, 2]
+    assert contents(tmp_path / "out") == contents(wholes[propagate])
 
 
 def test_threads_are_those_the_run_began_with(

@@ -32,6 +32,9 @@ def command(
     keep_ratio: Annotated[
         float, typer.Option(help="Share of the input channels, the most salient, that stays in 16 bit.")
     ] = 0.0,
+    propagate: Annotated[
+        bool, typer.Option("--propagate", help="Calibrate each block behind the quantized ones before it.")
+    ] = False,
     layout: Annotated[
         str, typer.Option("--format", help="gemm (AutoAWQ's layout), native (holds everything), or auto.")
     ] = "auto",
@@ -83,6 +86,7 @@ def command(
         rounding=_choice("--rounding", rounding, ("nearest", "compensated")),
         sweeps=sweeps,
         keep_ratio=keep_ratio,
+        propagate=propagate,
         format=_choice("--format", layout, ("auto", "gemm", "native")),
         modules_to_not_convert=tuple(skip or ()),
     )

@@ -1,7 +1,8 @@
 """One decoder block: statistics → scale → range → round.
 
 The block arrives with its weights in fp32 and leaves with every fold applied in place; the quantized linears are
-returned beside it. Its outputs are computed before any of that, so later blocks are calibrated on exact inputs.
+returned beside it. Its outputs are computed before any of that, so later blocks are calibrated on exact inputs; with
+`QuantConfig.propagate` they are left to the caller, who has the block as it was quantized.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from halfbyte.quantization.config import QuantConfig
 from halfbyte.quantization.discovery import Discovery, discover_folds
 from halfbyte.quantization.report import LinearReport
 from halfbyte.quantization.stages import SharedInput, choose_codes, make_grid, round_input, scale_inputs
-from halfbyte.quantization.statistics import InputStatistics, StatisticsCollector
+from halfbyte.quantization.statistics import StatisticsCollector, SumsByBatch, sums_by_batch
 from halfbyte.tensor import QuantizedTensor
 
 
@@ -53,21 +54,31 @@ def calibrate_block(
     model_config: Any,
     config: QuantConfig,
     dtype_on_disk: Callable[[str], torch.dtype],
+    sums: SumsByBatch = sums_by_batch,
 ) -> BlockResult:
-    """Quantize a block with activation statistics, and move `batches` on to the next one.
+    """Quantize a block with activation statistics, and move `batches` on to the next one unless `config.propagate`.
 
     Args:
         block: with fp32 weights; folds are applied to it in place.
         index: which block it is.
         name: its dotted name in the model.
-        batches: `hidden` is replaced by this block's output.
+        batches: `hidden` is replaced by this block's output, or left as it is with `config.propagate`.
         model_config: the Hugging Face config.
         config: group size resolved.
         dtype_on_disk: full name of a tensor → the dtype it is stored in if it is not quantized.
+        sums: forms the sums of each batch with `config.propagate`.
     """
     result = BlockResult()
     found = _usable_folds(block, index, name, batches[0], result)
-    statistics = _collect(block, name, index, batches, found.shared_inputs, result)
+    collector = StatisticsCollector(block, found.shared_inputs)
+    if config.propagate:
+        _sum_up(collector, index, batches, sums)
+    else:
+        _run_through(collector, index, batches)
+    statistics = collector.statistics
+    unseen = [local for seen in statistics.values() if not seen.tokens for local in seen.linears]
+    if unseen:
+        result.warnings.append(f"{name}: no calibration token reaches {', '.join(unseen)}; rounded to nearest")
     inputs = {
         shared: SharedInput.measure(block, name, shared, statistics[shared[0]], config)
         for shared in found.shared_inputs
@@ -85,24 +96,22 @@ def calibrate_block(
     return result
 
 
-def _collect(
-    block: nn.Module,
-    name: str,
-    index: int,
-    batches: list[Batch],
-    shared_inputs: list[tuple[str, ...]],
-    result: BlockResult,
-) -> dict[str, InputStatistics]:
-    collector = StatisticsCollector(block, shared_inputs)
+def _sum_up(collector: StatisticsCollector, index: int, batches: list[Batch], sums: SumsByBatch) -> None:
+    """Add up the sums of each batch in order, so that they are the same to the bit wherever each was formed."""
+    inputs = ((batch.hidden, batch.kwargs[index], batch.counts) for batch in batches)
+    for part in sums(collector.block, collector.shared_inputs, inputs):
+        collector.merge(part)
+        del part  # before the next one needs the room
+    collector.finish()
+
+
+def _run_through(collector: StatisticsCollector, index: int, batches: list[Batch]) -> None:
+    """Collect, and move the batches on."""
     outputs = collector.run((batch.hidden, batch.kwargs[index], batch.counts) for batch in batches)
     # Lazily paired: each batch's input is dropped as soon as its output is there.
     for batch, hidden in zip(batches, outputs, strict=True):
         batch.hidden = hidden
         batch.kwargs[index] = {}
-    unseen = [local for found in collector.statistics.values() if not found.tokens for local in found.linears]
-    if unseen:
-        result.warnings.append(f"{name}: no calibration token reaches {', '.join(unseen)}; rounded to nearest")
-    return collector.statistics
 
 
 def _usable_folds(block: nn.Module, index: int, name: str, batch: Batch, result: BlockResult) -> Discovery:

@@ -3,6 +3,8 @@
     the process itself + 3 × the largest block in fp32 + its Gram matrices, one of them twice + one batch's activations
     + the block inputs of all batches
 
+With `QuantConfig.propagate` all Gram matrices are there twice: those of one batch beside the sums.
+
 The last goes to disk first, which costs no more than reading it again; then batches get smaller.
 """
 
@@ -69,7 +71,7 @@ def plan_memory(
     sequences: Sequence[int],
     hidden_size: int,
     embedding_bytes: int,
-    propagates: bool,
+    propagate: bool,
     budget: int | str | None,
 ) -> MemoryPlan:
     """Decide what is kept in memory.
@@ -80,7 +82,7 @@ def plan_memory(
         sequences: tokens in each calibration block; empty without calibration.
         hidden_size: width of the hidden states.
         embedding_bytes: of what is computed before the first block, in fp32 and as stored.
-        propagates: whether every batch carries a second set of hidden states.
+        propagate: whether the Gram matrices of each batch are formed apart, beside their sums.
         budget: peak resident bytes, see `parse_bytes`; None for as much as the machine has.
 
     Raises:
@@ -90,12 +92,12 @@ def plan_memory(
     block = BLOCK_COPIES * max(4 * sum(parameter.numel() for parameter in part.parameters()) for part in blocks)
     if not sequences:
         return _affordable(limit, MemoryPlan(BATCH_TOKENS, False, PROCESS_BYTES + block))
-    inputs = 4 * hidden_size * sum(sequences) * (2 if propagates else 1)
+    inputs = 4 * hidden_size * sum(sequences)
     per_token = _activation_bytes(blocks, hidden_size)
     longest = max(sequences)
 
     def working(batch_tokens: int) -> int:
-        held = max(block + _gram_bytes(linears, len(blocks)), embedding_bytes)
+        held = max(block + _gram_bytes(linears, len(blocks), propagate), embedding_bytes)
         return PROCESS_BYTES + held + per_token * max(batch_tokens, longest)
 
     if limit is None:
@@ -120,15 +122,19 @@ def _affordable(limit: int | None, plan: MemoryPlan) -> MemoryPlan:
     return plan
 
 
-def _gram_bytes(linears: Sequence[tuple[str, int]], blocks: int) -> int:
-    """Of one block: at most two inputs of one width in one module (attention has two, an MLP one), one matrix twice."""
+def _gram_bytes(linears: Sequence[tuple[str, int]], blocks: int, propagate: bool) -> int:
+    """Of one block: at most two inputs of one width in one module (attention has two, an MLP one), one matrix twice.
+
+    With `propagate` all of them twice.
+    """
     inputs: dict[tuple[str, int], int] = {}
     for name, width in linears:
         place = (name.rpartition(".")[0], width)
         inputs[place] = min(inputs.get(place, 0) + 1, 2)
     largest = max(width for _, width in linears)
     total = sum(4 * width * width * count for (_, width), count in inputs.items())
-    return math.ceil(total / blocks) + 4 * largest * largest
+    average, single = math.ceil(total / blocks), 4 * largest * largest
+    return average + (max(average, single) if propagate else single)
 
 
 def _activation_bytes(blocks: nn.ModuleList, hidden_size: int) -> int:

@@ -26,7 +26,8 @@ class Batch:
     """Token blocks of one length on their way through the model.
 
     Attributes:
-        hidden: float32 [blocks, tokens, hidden], input of the decoder block reached so far.
+        hidden: float32 [blocks, tokens, hidden], input of the decoder block reached so far; through earlier blocks as
+            they were, or as they were quantized (`QuantConfig.propagate`).
         kwargs: what the model passes beside it, for each decoder block (masks, rotary embeddings).
         counts: bool [blocks, tokens], which tokens' activations count in the statistics; None for all.
     """

@@ -47,6 +47,8 @@ class QuantConfig:
         rounding: "nearest" or "compensated".
         sweeps: of coordinate descent after compensated rounding.
         keep_ratio: share of the input channels, the most salient ones, that stays in 16 bit; 0 for none.
+        propagate: collect a block's statistics behind the blocks before it as they were quantized; no method does it
+            by itself, because it did not help (docs/design/quantization.md).
         format: layout on disk: "gemm" (AutoAWQ's), "native" (holds everything), or "auto": gemm wherever it can.
         modules_to_not_convert: parts of module names that stay in 16 bit, e.g. "self_attn.v_proj".
 
@@ -66,6 +68,7 @@ class QuantConfig:
     rounding: Literal["nearest", "compensated"] | None = None
     sweeps: int | None = None
     keep_ratio: float = 0.0
+    propagate: bool = False
     format: Literal["auto", "gemm", "native"] = "auto"
     modules_to_not_convert: tuple[str, ...] = ()
 
@@ -95,6 +98,10 @@ class QuantConfig:
             raise ConfigError('sweeps: coordinate descent follows compensated rounding; add rounding="compensated"')
         if not isinstance(self.keep_ratio, int | float) or not 0 <= self.keep_ratio < 1:
             raise ConfigError(f"keep_ratio: expected a share from 0 to below 1, got {self.keep_ratio!r}")
+        if self.propagate and not self.calibrated:
+            raise ConfigError(
+                f"propagate: method {self.method} looks at no activations; use one that is calibrated, such as awq"
+            )
         if self.keep_ratio and self.format == "gemm":
             raise ConfigError('keep_ratio: the AWQ GEMM layout keeps no channels in 16 bit; use format="native"')
         if self.bits != 4 and self.format == "gemm":

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from halfbyte.architectures.matrices import Matrix, experts_in_one_tensor
+from halfbyte.architectures.matrices import Matrix, experts_in_one_tensor, matrices_of
 from halfbyte.architectures.stored import stored_values
 from halfbyte.checkpoints.reader import Checkpoint
 from halfbyte.errors import UnsupportedError
@@ -128,3 +128,33 @@ def pack_block(
         value = values[local] if local in values else checkpoint.read(full)
         packed.add(full, value.to(dtype).contiguous())
     return packed
+
+
+def unpack_block(block: nn.Module, name: str, tensors: Mapping[str, torch.Tensor], group_size: int) -> None:
+    """Make a block compute what the new checkpoint holds: the inverse of `pack_block`, in place.
+
+    Args:
+        block: filled, in fp32.
+        name: its dotted name in the model.
+        tensors: of the block in the new checkpoint, by their names there.
+        group_size: of the GEMM layout, which does not say.
+    """
+    modules: dict[str, dict[str, torch.Tensor]] = {}
+    for full, tensor in tensors.items():
+        module, _, leaf = full.removeprefix(name + ".").rpartition(".")
+        modules.setdefault(module, {})[leaf] = tensor
+    values = stored_values(block)
+    for local, value in values.items():
+        if f"{name}.{local}" in tensors:
+            value.copy_(tensors[f"{name}.{local}"])
+    for local, matrix in matrices_of(block).items():
+        parts = modules.get(local, {})
+        if "qweight" in parts:
+            weight = gemm.unpack(parts, group_size=group_size, name=local).dequantize()
+        elif native.MARKER in parts:
+            weight = native.unpack(parts, name=local).dequantize()
+        elif "weight" in parts and f"{local}.weight" not in values:  # an expert in 16 bit, parted from quantized ones
+            weight = parts["weight"]
+        else:
+            continue
+        matrix.view(block).copy_(weight)

@@ -85,10 +85,10 @@ def quantize(
         parse_bytes(memory_budget)
     devices = [pick_device(name) for name in device.split(",")]
     job = _Job.prepare(str(model), config or QuantConfig(), devices[0], progress)
-    if job.propagates and (ray is not None or len(devices) > 1):
+    if job.config.propagate and (ray is not None or len(devices) > 1):
         raise UnsupportedError(
-            f"{'ray' if ray else 'device'}: method {job.config.method} passes the error of each block on to the next, "
-            f"so blocks cannot be searched side by side; leave it out, or choose a method that does not"
+            f"{'ray' if ray else f'device {device}'}: propagate passes the error of each block on to the next, so blocks "
+            f"cannot be searched side by side; leave it out, or leave propagate out"
         )
     journal = Journal(output_dir, overwrite=overwrite, source=job.checkpoint.folder)
     if job.config.calibrated:
@@ -173,11 +173,6 @@ class _Job:
             started, names, notes,
         )  # fmt: skip
 
-    @property
-    def propagates(self) -> bool:
-        """Whether later blocks see the error of earlier ones, which ties their order down."""
-        return bool(getattr(self.config, "propagates", False))
-
     def plan_memory(self, budget: int | str | None) -> MemoryPlan:
         """What is kept in memory, and how many tokens go through a block at a time."""
         outside = [self.checkpoint.info(name) for name in self.names[None]]
@@ -188,7 +183,7 @@ class _Job:
             sequences=[] if self.calibration is None else [len(block) for block in self.calibration.blocks],
             hidden_size=self.skeleton.config.get_text_config().hidden_size,
             embedding_bytes=largest,
-            propagates=self.propagates,
+            propagate=self.config.propagate,
             budget=budget,
         )
 
@@ -254,7 +249,10 @@ class _Job:
             ticker.describe(f"Quantizing block {index + 1} of {total}")
             with self._filled(index) as block:
                 if index in journal.records:
-                    advance(block, index, states.batches)
+                    if self.config.propagate:
+                        self._task(block, index, states).pass_on(dict(journal.read(index)))
+                    else:
+                        advance(block, index, states.batches)
                     states.step += 1
                 elif helpers is None:
                     outcome = self._task(block, index, states).run()
@@ -282,8 +280,6 @@ class _Job:
             return states
         if not is_saved(folder, saved):
             saved = None
-            if self.propagates:
-                journal.records.clear()  # the quantized blocks they went through are gone: nothing can be repeated
         for batch in capture_block_inputs(
             self.skeleton,
             self.blocks_name,

@@ -7,7 +7,7 @@ candidate scale, clip and rounding afterwards (docs/design/quantization.md).
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -44,6 +44,12 @@ class InputStatistics:
         self.mean_abs += rows.abs().sum(dim=0)
         self.tokens += rows.shape[0]
 
+    def merge(self, other: InputStatistics) -> None:
+        """Accumulate the sums of other tokens."""
+        self.gram += other.gram.to(self.gram.device)
+        self.mean_abs += other.mean_abs.to(self.mean_abs.device)
+        self.tokens += other.tokens
+
     def finish(self) -> None:
         """Turn sums into means."""
         mirror(self.gram)
@@ -72,6 +78,15 @@ def group_by_input(block: nn.Module, hidden: torch.Tensor, kwargs: dict[str, Any
     return [tuple(names) for names in groups.values()]
 
 
+# A batch: hidden states [batch, tokens, hidden], the block's other arguments, and which tokens to accumulate, bool
+# [batch, tokens] or None for all.
+Inputs = tuple[torch.Tensor, dict[str, Any], torch.Tensor | None]
+# By the first name of the matrices that share an input.
+Sums = dict[str, InputStatistics]
+# (block, shared inputs, batches) → the sums of each batch by itself, in order.
+SumsByBatch = Callable[[nn.Module, list[tuple[str, ...]], Iterable[Inputs]], Iterator[Sums]]
+
+
 @dataclass
 class StatisticsCollector:
     """Runs a block over batches of hidden states and accumulates the statistics of its matrices' inputs.
@@ -84,7 +99,7 @@ class StatisticsCollector:
 
     block: nn.Module
     shared_inputs: list[tuple[str, ...]]
-    statistics: dict[str, InputStatistics] = field(init=False)
+    statistics: Sums = field(init=False)
 
     def __post_init__(self) -> None:
         """Allocate one set of accumulators per distinct input."""
@@ -98,19 +113,28 @@ class StatisticsCollector:
                 names, torch.zeros(width, width, device=device), torch.zeros(width, device=device)
             )
 
-    def run(
-        self, batches: Iterable[tuple[torch.Tensor, dict[str, Any], torch.Tensor | None]]
-    ) -> Iterator[torch.Tensor]:
-        """Yield the block's output for each (hidden, kwargs, counts), in order; statistics are final after the last.
+    def run(self, batches: Iterable[Inputs]) -> Iterator[torch.Tensor]:
+        """Yield the block's output for each batch, in order; statistics are final after the last."""
+        for inputs in batches:
+            yield self.observe(*inputs)
+        self.finish()
 
-        `counts`, bool [batch, tokens] or None for all, says which tokens to accumulate. An expert's tokens were picked
-        by the router and are no longer in rows of `hidden`: all of them are accumulated.
+    def observe(self, hidden: torch.Tensor, kwargs: dict[str, Any], counts: torch.Tensor | None) -> torch.Tensor:
+        """Run the block and add to the sums; its output. Arguments as in `Inputs`.
+
+        An expert's tokens were picked by the router and are no longer in rows of `hidden`: all of them are accumulated.
         """
-        for hidden, kwargs, counts in batches:
-            self._counts = counts
-            with BlockTrace(self.block, on_product=self._add):
-                output = block_output(self.block(hidden, **kwargs))
-            yield output
+        self._counts = counts
+        with BlockTrace(self.block, on_product=self._add):
+            return block_output(self.block(hidden, **kwargs))
+
+    def merge(self, sums: Sums) -> None:
+        """Add what another collector for the same inputs has summed."""
+        for name, statistics in self.statistics.items():
+            statistics.merge(sums[name])
+
+    def finish(self) -> None:
+        """Turn sums into means."""
         for statistics in self.statistics.values():
             statistics.finish()
 
@@ -120,6 +144,19 @@ class StatisticsCollector:
             rows = product.x.numel() // product.x.shape[-1]
             every = self._counts is None or self._counts.numel() != rows
             self.statistics[group].add(product.x, None if every else self._counts)
+
+
+@torch.no_grad()
+def sums_of_batch(block: nn.Module, shared_inputs: list[tuple[str, ...]], inputs: Inputs) -> Sums:
+    """The sums over one batch, which do not depend on any other."""
+    collector = StatisticsCollector(block, shared_inputs)
+    collector.observe(*inputs)
+    return collector.statistics
+
+
+def sums_by_batch(block: nn.Module, shared_inputs: list[tuple[str, ...]], batches: Iterable[Inputs]) -> Iterator[Sums]:
+    """`sums_of_batch` of each, in this process."""
+    return (sums_of_batch(block, shared_inputs, inputs) for inputs in batches)
 
 
 def block_output(result: Any) -> torch.Tensor:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import ctypes
 import resource
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
 from typing import Any
@@ -17,8 +17,8 @@ from halfbyte.checkpoints.reader import Checkpoint
 from halfbyte.quantization.block import calibrate_block, round_block
 from halfbyte.quantization.capture import Batch
 from halfbyte.quantization.config import QuantConfig
-from halfbyte.quantization.packing import pack_block
-from halfbyte.quantization.statistics import block_output
+from halfbyte.quantization.packing import pack_block, unpack_block
+from halfbyte.quantization.statistics import SumsByBatch, block_output, sums_by_batch
 
 
 @dataclass
@@ -26,7 +26,7 @@ class BlockTask:
     """One block to be quantized.
 
     Attributes:
-        block: filled, in fp32; folds are applied to it in place.
+        block: filled, in fp32; folds are applied to it in place, and with `propagate` its codes.
         index: which one it is.
         name: its dotted name in the model.
         names: of its tensors on disk.
@@ -45,8 +45,11 @@ class BlockTask:
     config: QuantConfig
     checkpoint: Checkpoint
 
-    def run(self) -> BlockOutcome:
+    def run(self, sums: SumsByBatch = sums_by_batch) -> BlockOutcome:
         """Search, round and pack.
+
+        Args:
+            sums: see `calibrate_block`.
 
         Raises:
             HalfbyteError: something about the block cannot be quantized or stored.
@@ -61,10 +64,13 @@ class BlockTask:
                 self.model_config,
                 self.config,
                 lambda tensor: self.checkpoint.info(tensor).dtype if tensor in self.checkpoint else torch.float32,
+                sums,
             )
         else:
             result = round_block(self.block, self.name, self.config)
         packed = pack_block(self.block, self.name, self.names, result, self.checkpoint, self.config.format)
+        if self.config.propagate:
+            self.pass_on(packed.tensors)
         document = {
             **packed.counts(),
             "linears": [asdict(linear) for linear in result.reports],
@@ -73,6 +79,16 @@ class BlockTask:
             "peak_memory_bytes": peak_memory(),
         }
         return BlockOutcome(packed.tensors, document)
+
+    def pass_on(self, tensors: Mapping[str, torch.Tensor]) -> None:
+        """Move the batches on through the block as the new checkpoint holds it, which the block then is.
+
+        Args:
+            tensors: of the block in the new checkpoint, by their names there.
+        """
+        assert isinstance(self.config.group_size, int)
+        unpack_block(self.block, self.name, tensors, self.config.group_size)
+        advance(self.block, self.index, self.batches)
 
     def detached(self) -> BlockTask:
         """The same with hidden states that `advance` will not replace, in memory and on the CPU."""
