@@ -19,7 +19,8 @@ import halfbyte
 from halfbyte import QuantConfig
 from halfbyte.checkpoints.journal import Journal
 from halfbyte.errors import CheckpointError, ConfigError, UnsupportedError
-from halfbyte.quantization import distributed, pipeline
+from halfbyte.quantization import budget, distributed, pipeline
+from halfbyte.quantization.statistics import StatisticsCollector
 from halfbyte.quantization.task import BlockOutcome, BlockTask
 from tests.conftest import TEXT, make_llama
 
@@ -183,7 +184,19 @@ def test_what_a_worker_refuses_is_one_line_here(cluster: Any, model: Path, tmp_p
         workers.result(future)
 
 
-def test_blocks_that_depend_on_each_other_are_refused(model: Path, tmp_path: Path) -> None:
-    with pytest.raises(UnsupportedError, match="ray: propagate passes the error of each block on to the next"):
-        halfbyte.quantize(model, tmp_path / "out", QuantConfig(propagate=True), **SETTINGS, ray="local")
-    assert list(tmp_path.iterdir()) == []
+@pytest.mark.slow
+def test_two_ray_workers_share_the_batches_of_a_block_whose_error_is_passed_on(
+    cluster: Any, model: Path, whole: bytes, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The same bits as one process, from several batches that the workers sum over, not this process."""
+    config = QuantConfig(n_grid=2, propagate=True)
+    monkeypatch.setattr(budget, "BATCH_TOKENS", 48)
+    halfbyte.quantize(model, tmp_path / "one", config, **SETTINGS)
+    sums: list[int] = []
+    merge = StatisticsCollector.merge
+    monkeypatch.setattr(StatisticsCollector, "merge", lambda self, part: (sums.append(1), merge(self, part)))
+    monkeypatch.setattr(pipeline, "sums_by_batch", None)
+    halfbyte.quantize(model, tmp_path / "two", config, **SETTINGS, ray="auto")
+    assert len(sums) == BLOCKS * SETTINGS["max_calib_samples"]
+    one, two = ((tmp_path / name / "model.safetensors").read_bytes() for name in ("one", "two"))
+    assert one == two != whole

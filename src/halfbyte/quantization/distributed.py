@@ -2,8 +2,11 @@
 
 Once the inputs of a block are known, its search needs nothing from any other block. So this process runs the model
 forward, block by block, and sends each block with its inputs to a worker; results come back in any order and each is
-kept under its index. A worker computes what this process would: the same batches, the same order of sums, the same
-number of threads. So the result is the same to the bit.
+kept under its index. Where each block sees the error of those before it (`QuantConfig.propagate`), blocks go in order
+and workers share the calibration batches of one: each sums over a batch, and the sums are added in order here.
+
+A worker computes what this process would: the same batches, the same order of sums, the same number of threads. So the
+result is the same to the bit.
 """
 
 from __future__ import annotations
@@ -12,19 +15,24 @@ import copy
 import logging
 import queue
 import socket
-from collections.abc import Iterator, Sequence
+from collections import deque
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 
 import torch
+from torch import nn
 
 from halfbyte.errors import ConfigError, HalfbyteError, UnsupportedError
+from halfbyte.quantization.statistics import Inputs, Sums, sums_of_batch
 from halfbyte.quantization.task import BlockOutcome, BlockTask, on_device
 
 # A worker that dies (killed, out of memory, its machine gone) costs its block; Ray starts that again this often.
 RETRIES = 3
 CONNECT_SECONDS = 10
+
+Result = TypeVar("Result")
 
 
 class Workers(Protocol):
@@ -125,7 +133,8 @@ class RayWorkers:
             raise ConfigError(f"ray: the cluster has no machine with a {'GPU' if gpus else 'CPU'} for the search")
         cpus = min(threads, *(int(node["CPU"]) for node in nodes)) if not gpus else 1
         self.slots = sum(int(node["GPU"] if gpus else node["CPU"] // cpus) for node in nodes)
-        self._run = ray.remote(num_cpus=cpus, num_gpus=gpus, max_retries=RETRIES)(_run_remotely)
+        remote = ray.remote(num_cpus=cpus, num_gpus=gpus, max_retries=RETRIES)
+        self._run, self._sum = remote(_run_remotely), remote(_sum_remotely)
 
     def submit(self, task: BlockTask) -> Future[BlockOutcome]:
         """Send the block and its inputs; both are copied into the cluster's store before this returns."""
@@ -133,8 +142,26 @@ class RayWorkers:
         future: Future[BlockOutcome] = self._run.remote(sent, self._threads, self._device).future()
         return future
 
-    def result(self, future: Future[BlockOutcome]) -> BlockOutcome:
-        """The outcome, copied out of the cluster's store.
+    def sums_by_batch(
+        self, block: nn.Module, shared_inputs: list[tuple[str, ...]], batches: Iterable[Inputs]
+    ) -> Iterator[Sums]:
+        """`statistics.sums_by_batch`, each batch by a worker; at most one more than there are is under way.
+
+        Raises:
+            HalfbyteError: as `result`.
+        """
+        sent = self._ray.put((block, shared_inputs))
+        waiting: deque[Future[Sums]] = deque()
+        for inputs in batches:
+            inputs = on_device(inputs, torch.device("cpu"))
+            waiting.append(self._sum.remote(sent, inputs, self._threads, self._device).future())
+            if len(waiting) > self.slots:
+                yield self.result(waiting.popleft())
+        while waiting:
+            yield self.result(waiting.popleft())
+
+    def result(self, future: Future[Result]) -> Result:
+        """What came of it, copied out of the cluster's store.
 
         Raises:
             HalfbyteError: the worker's own, or that it died again and again.
@@ -156,6 +183,15 @@ class RayWorkers:
 def _run_remotely(task: BlockTask, threads: int, device: str) -> BlockOutcome:
     torch.set_num_threads(threads)
     return _run_on(task, torch.device(device))
+
+
+def _sum_remotely(sent: tuple[nn.Module, list[tuple[str, ...]]], inputs: Inputs, threads: int, device: str) -> Sums:
+    torch.set_num_threads(threads)
+    block, shared_inputs = sent
+    sums = sums_of_batch(block.to(device), shared_inputs, on_device(inputs, torch.device(device)))
+    for found in sums.values():
+        found.gram, found.mean_abs = found.gram.cpu(), found.mean_abs.cpu()
+    return sums
 
 
 def _run_on(task: BlockTask, device: torch.device) -> BlockOutcome:

@@ -35,11 +35,12 @@ from halfbyte.quantization.budget import MemoryPlan, parse_bytes, plan_memory
 from halfbyte.quantization.calibration import CalibrationSet, build_calibration_set, read_documents
 from halfbyte.quantization.capture import capture_block_inputs, kept_names, quantizable_linears
 from halfbyte.quantization.config import QuantConfig
-from halfbyte.quantization.distributed import Workers, workers
+from halfbyte.quantization.distributed import RayWorkers, Workers, workers
 from halfbyte.quantization.identity import describe_run, versions
 from halfbyte.quantization.packing import choose_format, names_by_block
 from halfbyte.quantization.report import MANIFEST_NAME, BlockReport, LinearReport, QuantizationReport
 from halfbyte.quantization.states import States, is_saved
+from halfbyte.quantization.statistics import sums_by_batch
 from halfbyte.quantization.task import BlockOutcome, BlockTask, advance, give_back_memory, peak_memory
 
 
@@ -73,7 +74,8 @@ def quantize(
         seed: which blocks are kept when the text has more.
         device: "auto", "cpu", "cuda", "cuda:N", or several GPUs as "cuda:0,cuda:1"; where the search runs.
         memory_budget: peak resident memory, in bytes or as "2GB" or "800MiB"; None for what the machine has.
-        ray: "local", "auto" or the address of a Ray cluster that searches the blocks; None for this process.
+        ray: "local", "auto" or the address of a Ray cluster that searches the blocks (with `propagate`, that runs the
+            calibration through them); None for this process.
         overwrite: replace an existing checkpoint, and an unfinished run with other options.
         progress: show a bar with an ETA on a terminal, and say when an unfinished run is taken up.
 
@@ -85,10 +87,10 @@ def quantize(
         parse_bytes(memory_budget)
     devices = [pick_device(name) for name in device.split(",")]
     job = _Job.prepare(str(model), config or QuantConfig(), devices[0], progress)
-    if job.config.propagate and (ray is not None or len(devices) > 1):
+    if job.config.propagate and len(devices) > 1:
         raise UnsupportedError(
-            f"{'ray' if ray else f'device {device}'}: propagate passes the error of each block on to the next, so blocks "
-            f"cannot be searched side by side; leave it out, or leave propagate out"
+            f"device {device}: propagate passes the error of each block on to the next, so blocks cannot be searched "
+            f"side by side; name one device, or leave propagate out"
         )
     journal = Journal(output_dir, overwrite=overwrite, source=job.checkpoint.folder)
     if job.config.calibrated:
@@ -254,8 +256,9 @@ class _Job:
                     else:
                         advance(block, index, states.batches)
                     states.step += 1
-                elif helpers is None:
-                    outcome = self._task(block, index, states).run()
+                elif helpers is None or self.config.propagate:
+                    sums = helpers.sums_by_batch if isinstance(helpers, RayWorkers) else sums_by_batch
+                    outcome = self._task(block, index, states).run(sums)
                     saved = states.save() if states.batches and index + 1 < total else None
                     self._record(journal, index, outcome, saved)
                     del outcome  # before the next block needs the room
