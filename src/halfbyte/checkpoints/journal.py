@@ -7,7 +7,8 @@ Beside the target stands one hidden folder with a name that the next run finds:
         run.json              what is being done: a record is worth nothing to a run that does something else
         blocks/7.safetensors  tensors of a finished block
         blocks/7.json         its record, written last: the block is finished once this file is there
-        states/               the caller's own files between blocks
+        measured/7.json       what an earlier pass found out about a block
+    states/               the caller's own files between blocks
         checkpoint/           the new checkpoint while it is put together, later renamed to the target
         finished.json         written before that rename; where it stands without checkpoint/, the rename has happened
 
@@ -53,6 +54,7 @@ class Journal:
         target: `output_dir`, links followed.
         folder: the hidden folder.
         records: document of each finished block, by its index.
+        measured: document an earlier pass kept of a block, by its index.
         finished: the document given to `commit` by a run that ended right after its rename, or None.
 
     Raises:
@@ -67,6 +69,7 @@ class Journal:
         self.target = real_target(output_dir)
         self.folder = self.target.with_name(f".{self.target.name}.partial")
         self.records: dict[int, dict[str, Any]] = {}
+        self.measured: dict[int, dict[str, Any]] = {}
         self.finished: dict[str, Any] | None = None
         if not self._renamed():
             check_target(self.target, overwrite, source)
@@ -82,7 +85,7 @@ class Journal:
     ) -> None:
         # An earlier attempt that was refused is not this run's to remove.
         ours = self._run is not None or not (self.folder / "run.json").exists()
-        if ours and (not self.records or self.finished is not None):
+        if ours and (not (self.records or self.measured) or self.finished is not None):
             self._clear()
             shutil.rmtree(self.folder, ignore_errors=True)
         if self._lock is not None:
@@ -109,7 +112,7 @@ class Journal:
             (self.folder / "finished.json").unlink(missing_ok=True)
             fsync(self.folder)  # before checkpoint/ goes: without it the marker would say that the rename has happened
             self._take_over(run)
-            for name in ("blocks", "states"):
+            for name in ("blocks", "measured", "states"):
                 (self.folder / name).mkdir(exist_ok=True)
             if _read_json(self.folder / "run.json") != run:
                 _write_durably(self.folder / "run.json", run)
@@ -150,6 +153,16 @@ class Journal:
             document = {**document, "tensors": list(tensors), "sha256": file_hash(path)}
             _write_durably(path.with_suffix(".json"), document)
         self.records[index] = document
+
+    def measure(self, index: int, document: dict[str, Any]) -> None:
+        """Keep JSON values about a block that is not finished yet: what the next run finds in `measured`.
+
+        Raises:
+            OutputError: the disk is full or refuses.
+        """
+        with writes_explained(self.target):
+            _write_durably(self.folder / "measured" / f"{index}.json", document)
+        self.measured[index] = document
 
     def read(self, index: int) -> Iterator[tuple[str, torch.Tensor]]:
         """The tensors of a finished block, in the order they were recorded."""
@@ -194,21 +207,19 @@ class Journal:
     def _take_over(self, run: dict[str, Any]) -> None:
         """Fill `records` from an earlier run that did the same; make room if it may go."""
         earlier = _read_json(self.folder / "run.json")
-        records = {}
-        for path in sorted((self.folder / "blocks").glob("*.json")):
-            record = _read_json(path)
-            if record is not None and path.stem.isdecimal():
-                records[int(path.stem)] = record
+        records, measured = (_read_numbered(self.folder / name) for name in ("blocks", "measured"))
         if earlier == run:
+            self.measured = measured
             self.records = {
                 index: record
                 for index, record in records.items()
                 if is_intact(self._tensors(index), record.get("sha256", ""))
             }
-        elif records and not self._overwrite:
+        elif (records or measured) and not self._overwrite:
+            kept = f"{len(records)} finished blocks" if records else f"what was measured of {len(measured)} blocks"
             differences = "; ".join(_differences(earlier or {}, run))
             raise OutputError(
-                f"output {self.target}: {self.folder} keeps {len(records)} finished blocks of an unfinished run, but "
+                f"output {self.target}: {self.folder} keeps {kept} of an unfinished run, but "
                 f"{differences}. Repeat that run to go on with it, or pass --overwrite to start again"
             )
         else:
@@ -219,7 +230,7 @@ class Journal:
 
     def _clear(self) -> None:
         """Remove all but the lock; the marker goes last, since without it a finished run would look unfinished."""
-        for name in ("checkpoint", "blocks", "states"):
+        for name in ("checkpoint", "blocks", "measured", "states"):
             shutil.rmtree(self.folder / name, ignore_errors=True)
         for name in ("run.json", "finished.json"):
             (self.folder / name).unlink(missing_ok=True)
@@ -277,6 +288,12 @@ def _read_json(path: Path) -> dict[str, Any] | None:
     except (OSError, ValueError):
         return None
     return document if isinstance(document, dict) else None
+
+
+def _read_numbered(folder: Path) -> dict[int, dict[str, Any]]:
+    """Every whole document NUMBER.json of a folder, by its number."""
+    documents = {int(path.stem): _read_json(path) for path in folder.glob("*.json") if path.stem.isdecimal()}
+    return {number: document for number, document in sorted(documents.items()) if document is not None}
 
 
 def _differences(earlier: dict[str, Any], run: dict[str, Any]) -> Iterator[str]:
