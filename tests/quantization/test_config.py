@@ -47,6 +47,11 @@ def test_whole_rows_always_work() -> None:
         ({"n_grid": 0}, "n_grid"),
         ({"duo_scaling": "x"}, "duo_scaling"),
         ({"method": "rtn", "propagate": True}, "propagate: method rtn looks at no activations"),
+        ({"target_bits": "4"}, "target_bits"),
+        ({"target_bits": float("nan")}, "target_bits"),
+        ({"target_bits": 0}, "target_bits"),
+        ({"target_bits": 4.25, "format": "gemm"}, "target_bits"),
+        ({"target_bits": 4.25, "bits": 3}, "bits: target_bits chooses"),
     ],
 )
 def test_values_that_cannot_work_are_refused_by_name(bad: dict[str, Any], named: str) -> None:

@@ -96,6 +96,21 @@ def pack(tensor: QuantizedTensor, name: str = "tensor") -> dict[str, torch.Tenso
     return packed
 
 
+def stored_bytes(rows: int, columns: int, bits: int, group_size: int, *, kept: int = 0) -> int:
+    """Bytes of what `pack` returns for a matrix with fp16 scales and integer zero points, without its bias.
+
+    Args:
+        rows: outputs.
+        columns: inputs.
+        bits: width of a code.
+        group_size: inputs that share a scale; -1 for whole rows.
+        kept: columns in 16 bit.
+    """
+    groups = 1 if group_size == -1 else -(-columns // group_size)
+    row = stream_bytes(columns, bits) + 2 * groups + stream_bytes(groups, bits) + 2 * kept
+    return 3 * 4 + rows * row + 4 * kept
+
+
 def _narrowed(values: torch.Tensor, what: str) -> torch.Tensor:
     """In fp16 if that holds every one exactly, else as they are."""
     if not torch.isfinite(values).all():

@@ -36,6 +36,8 @@ class QuantConfig:
             compensated rounding alone; Frantar et al. 2022, arXiv 2210.17323), or "best" (scaling, range search,
             compensated rounding, coordinate descent).
         bits: width of a code: 2, 3, 4 or 8.
+        target_bits: choose the width of each matrix, so that they take this many bits a weight at most, scales and zero
+            points included, with the least error; None for `bits` everywhere. Needs halfbyte's own layout.
         group_size: input channels that share a scale; -1 for one group per row; "auto" for the largest of
             128, 64, 32 that divides every layer.
         zero_point: asymmetric grid with an integer zero point per group; False for a symmetric one.
@@ -71,6 +73,7 @@ class QuantConfig:
     propagate: bool = False
     format: Literal["auto", "gemm", "native"] = "auto"
     modules_to_not_convert: tuple[str, ...] = ()
+    target_bits: float | None = None
 
     def __post_init__(self) -> None:
         """Fill in what the method says; refuse what can never work."""
@@ -106,7 +109,19 @@ class QuantConfig:
             raise ConfigError('keep_ratio: the AWQ GEMM layout keeps no channels in 16 bit; use format="native"')
         if self.bits != 4 and self.format == "gemm":
             raise ConfigError(f'bits: the AWQ GEMM layout holds 4-bit codes only, got {self.bits}; use format="native"')
+        self._check_target()
         object.__setattr__(self, "modules_to_not_convert", tuple(self.modules_to_not_convert))
+
+    def _check_target(self) -> None:
+        target = self.target_bits
+        if target is None:
+            return
+        if isinstance(target, bool) or not isinstance(target, int | float) or not 0 < target <= 16:
+            raise ConfigError(f"target_bits: expected stored bits per weight, such as 4.25, got {target!r}")
+        if self.bits != 4:
+            raise ConfigError(f"bits: target_bits chooses the width of each matrix; leave bits out, got {self.bits}")
+        if self.format == "gemm":
+            raise ConfigError('target_bits: the AWQ GEMM layout holds 4-bit codes only; use format="native"')
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> QuantConfig:

@@ -73,8 +73,13 @@ def keep_columns(weight: torch.Tensor, gram: torch.Tensor | None, grid: Grid, ra
     salience = (grid.fake_quantize(weight) - weight).square().sum(dim=0)
     if gram is not None:
         salience = salience * gram.diagonal()
-    count = max(1, round(ratio * weight.shape[1]))
+    count = kept_count(weight.shape[1], ratio)
     return Kept(torch.topk(salience, count).indices.sort().values, None)
+
+
+def kept_count(columns: int, ratio: float) -> int:
+    """How many columns `keep_columns` keeps."""
+    return max(1, round(ratio * columns))
 
 
 def absorb(kept: Kept, gram: torch.Tensor) -> tuple[Kept, torch.Tensor]:
