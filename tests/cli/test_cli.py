@@ -54,6 +54,13 @@ def test_quantize_prints_a_table(tiny_llama: Path, tmp_path: Path) -> None:
     assert "builtin: 2 blocks, 128 tokens" in result.stdout
 
 
+def test_quantize_shows_the_bits_of_each_kind_where_they_differ(tiny_llama: Path, tmp_path: Path) -> None:
+    result = run("quantize", tiny_llama, "-o", tmp_path / "out", "--method", "rtn", "--target-bits", 5.25)
+    assert result.returncode == 0, result.stderr
+    assert "mean bits" in result.stdout
+    assert "stored bits per quantized weight, 5.25 allowed" in result.stdout
+
+
 def test_generate_streams_text_and_gives_json(quantized: tuple[Path, dict[str, object]]) -> None:
     text = run("generate", quantized[0], "The", "--max-new-tokens", 8)
     assert text.returncode == 0, text.stderr
@@ -112,6 +119,7 @@ def test_every_verb_has_help_with_an_example(verb: str) -> None:
         (["quantize", "nowhere", "-o", "out"], "nowhere: no such folder"),
         (["quantize", "nowhere", "-o", "out", "--bits", "5"], "bits: "),
         (["quantize", "nowhere", "-o", "out", "--method", "rtn", "--propagate"], "propagate: method rtn looks at no"),
+        (["quantize", "nowhere", "-o", "out", "--bits", "3", "--target-bits", "4"], "bits: target_bits chooses"),
         (["quantize", "nowhere", "-o", "out", "--group-size", "big"], "--group-size big"),
         (["quantize", "nowhere", "-o", "out", "--duo-scaling", "maybe"], "--duo-scaling maybe"),
         (["quantize", "nowhere", "-o", "out", "--calibration", "none.txt"], "nowhere: no such folder"),

@@ -16,6 +16,10 @@ def command(
     output: Annotated[Path, typer.Option("-o", "--output", help="Folder for the new checkpoint.")],
     method: Annotated[str, typer.Option(help="awq, awq-l2, gptq, best (slowest), or rtn (no calibration).")] = "awq",
     bits: Annotated[int, typer.Option(help="Bits per weight: 2, 3, 4 or 8.")] = 4,
+    target_bits: Annotated[
+        float | None,
+        typer.Option(help="Stored bits per weight at most, such as 4.25: each matrix gets 2, 3, 4 or 8 bits."),
+    ] = None,
     group_size: Annotated[
         str, typer.Option(help="Inputs that share a scale: auto, a number, or -1 for whole rows.")
     ] = "auto",
@@ -76,6 +80,7 @@ def command(
     config = QuantConfig(
         method=method,
         bits=bits,
+        target_bits=target_bits,
         group_size=_parse_group_size(group_size),
         zero_point=not symmetric,
         n_grid=n_grid,
@@ -151,21 +156,41 @@ def _print_report(report: Any) -> None:
     grouped: dict[str, list[Any]] = {}
     for linear in report.linears:
         grouped.setdefault(linear.name.rpartition(".")[2], []).append(linear)
+    differ = len({linear.bits for linear in report.linears}) > 1
+    mean_bits = {
+        name: f"{sum(linear.bits for linear in linears) / len(linears):.2f}" for name, linears in grouped.items()
+    }
     if report.calibration:
         stages = ("relative_error_rtn", "relative_error_scaled", "relative_error_ranged", "relative_error")
         rows = []
         for name, linears in grouped.items():
             errors = [sum(getattr(linear, stage) for linear in linears) / len(linears) for stage in stages]
             clipped = sum(linear.clipped_share for linear in linears) / len(linears)
-            rows.append((name, len(linears), *(f"{error:.3%}" for error in errors), f"{clipped:.0%}"))
-        columns = ("linear", "count", "to nearest", "scaled", "range found", "stored", "groups clipped")
+            bits = (mean_bits[name],) if differ else ()
+            rows.append((name, len(linears), *bits, *(f"{error:.3%}" for error in errors), f"{clipped:.0%}"))
+        columns = (
+            "linear",
+            "count",
+            *(("mean bits",) if differ else ()),
+            "to nearest",
+            "scaled",
+            "range found",
+            "stored",
+            "groups clipped",
+        )
         print_table(columns, rows, "Mean squared error of the outputs over calibration, relative to their energy")
         used = report.calibration
         print(f"calibration   {used['source']}: {used['blocks']} blocks, {used['tokens']:,} tokens{_counted(used)}")
+    elif differ:
+        counts = [(name, len(linears), mean_bits[name]) for name, linears in grouped.items()]
+        print_table(("linear", "count", "mean bits"), counts, "Bits of a code")
     for warning in report.warnings:
         print(f"warning       {warning}")
     print(f"decoder       {megabytes(report.block_bytes_before)} → {megabytes(report.block_bytes_after)}")
     print(f"whole model   {megabytes(report.total_bytes_before)} → {megabytes(report.total_bytes_after)}")
     print(f"bits/weight   {report.bits_per_weight:.2f} in the decoder, group size {report.config.group_size}")
+    if report.config.target_bits is not None:
+        allowed = f"{report.config.target_bits:g} allowed"
+        print(f"bit budget    {report.stored_bits:.4f} stored bits per quantized weight, {allowed}")
     print(f"time, memory  {report.seconds:.0f} s, {megabytes(report.peak_memory_bytes)} at the peak")
     print(f"saved to      {report.output_dir}")

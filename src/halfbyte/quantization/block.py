@@ -7,7 +7,7 @@ returned beside it. Its outputs are computed before any of that, so later blocks
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -34,14 +34,14 @@ class BlockResult:
     warnings: list[str] = field(default_factory=list)
 
 
-def round_block(block: nn.Module, name: str, config: QuantConfig) -> BlockResult:
+def round_block(block: nn.Module, name: str, config: QuantConfig, widths: Mapping[str, int]) -> BlockResult:
     """Rounding to nearest, no calibration: the `rtn` method."""
     result = BlockResult()
     for local in quantizable_matrices(block):
         if not config.skips(f"{name}.{local}"):
-            grid, weight = make_grid(config), weight_of(block, local)
+            grid, weight = make_grid(config, widths.get(local)), weight_of(block, local)
             result.tensors[local], _ = choose_codes(weight, None, grid, config).tensors(slice(None), weight, grid)
-            result.reports.append(LinearReport(f"{name}.{local}"))
+            result.reports.append(LinearReport(f"{name}.{local}", bits=grid.bits))
     return result
 
 
@@ -54,6 +54,7 @@ def calibrate_block(
     model_config: Any,
     config: QuantConfig,
     dtype_on_disk: Callable[[str], torch.dtype],
+    widths: Mapping[str, int],
     sums: SumsByBatch = sums_by_batch,
 ) -> BlockResult:
     """Quantize a block with activation statistics, and move `batches` on to the next one unless `config.propagate`.
@@ -66,9 +67,33 @@ def calibrate_block(
         model_config: the Hugging Face config.
         config: group size resolved.
         dtype_on_disk: full name of a tensor → the dtype it is stored in if it is not quantized.
+        widths: bits of matrices that differ from the config, by their names inside the block.
         sums: forms the sums of each batch with `config.propagate`.
     """
     result = BlockResult()
+    for shared in scaled_inputs(block, index, name, batches, config, dtype_on_disk, widths, result, sums):
+        for local, tensor, report in round_input(block, name, shared, config):
+            result.tensors[local] = tensor
+            result.reports.append(report)
+    return result
+
+
+@torch.no_grad()
+def scaled_inputs(
+    block: nn.Module,
+    index: int,
+    name: str,
+    batches: list[Batch],
+    config: QuantConfig,
+    dtype_on_disk: Callable[[str], torch.dtype],
+    widths: Mapping[str, int],
+    result: BlockResult,
+    sums: SumsByBatch = sums_by_batch,
+) -> list[SharedInput]:
+    """The block ready for rounding: statistics collected, folds applied. Arguments as for `calibrate_block`.
+
+    `result` takes the warnings.
+    """
     found = _usable_folds(block, index, name, batches[0], result)
     collector = StatisticsCollector(block, found.shared_inputs)
     if config.propagate:
@@ -80,7 +105,7 @@ def calibrate_block(
     if unseen:
         result.warnings.append(f"{name}: no calibration token reaches {', '.join(unseen)}; rounded to nearest")
     inputs = {
-        shared: SharedInput.measure(block, name, shared, statistics[shared[0]], config)
+        shared: SharedInput.measure(block, name, shared, statistics[shared[0]], config, widths)
         for shared in found.shared_inputs
     }
     result.warnings += [warning for shared in inputs.values() for warning in shared.warnings(name)]
@@ -89,11 +114,7 @@ def calibrate_block(
     for fold in found.folds if config.scale else ():
         fed = [inputs[shared] for shared in found.shared_inputs if set(shared) & set(fold.consumers)]
         scale_inputs(block, fold, fed, config, dtype_on_disk(f"{name}.{fold.producer}.weight"))
-    for shared in inputs.values():
-        for local, tensor, report in round_input(block, name, shared, config):
-            result.tensors[local] = tensor
-            result.reports.append(report)
-    return result
+    return list(inputs.values())
 
 
 def _sum_up(collector: StatisticsCollector, index: int, batches: list[Batch], sums: SumsByBatch) -> None:

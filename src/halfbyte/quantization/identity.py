@@ -14,7 +14,7 @@ from halfbyte.device.cpu import cpu_info
 from halfbyte.quantization.config import QuantConfig
 
 # Raised when the files of an unfinished run change their meaning.
-JOURNAL_FORMAT = 1
+JOURNAL_FORMAT = 2
 PACKAGES = ("halfbyte", "torch", "transformers")
 SAMPLED_BYTES = 4096
 

@@ -31,6 +31,7 @@ class PackedBlock:
         bytes_before: of the same block in the old checkpoint.
         bytes_after: of `tensors`.
         parameters: weights that are now codes.
+        quantized_bytes: of those of `tensors` that hold them.
     """
 
     format: str
@@ -38,6 +39,7 @@ class PackedBlock:
     bytes_before: int = 0
     bytes_after: int = 0
     parameters: int = 0
+    quantized_bytes: int = 0
 
     def add(self, name: str, tensor: torch.Tensor) -> None:
         """Take one tensor, wherever it is."""
@@ -48,6 +50,7 @@ class PackedBlock:
         """Take the parts of a quantized matrix."""
         for key, tensor in PACK[self.format](quantized, name).items():
             self.add(f"{name}.{key}", tensor)
+            self.quantized_bytes += tensor.nbytes
         self.parameters += quantized.codes.numel()
 
     def counts(self) -> dict[str, Any]:
@@ -56,6 +59,7 @@ class PackedBlock:
             "bytes_before": self.bytes_before,
             "bytes_after": self.bytes_after,
             "parameters": self.parameters,
+            "quantized_bytes": self.quantized_bytes,
         }
 
 
@@ -67,10 +71,9 @@ def choose_format(config: QuantConfig, matrices: Mapping[str, Matrix]) -> tuple[
     """
     if config.format == "native":
         return config, []
-    if config.keep_ratio:
-        return replace(config, format="native"), [
-            "stored in halfbyte's own layout, because it keeps channels in 16 bit"
-        ]
+    reason = "it keeps channels in 16 bit" if config.keep_ratio else "each matrix has its own number of bits"
+    if config.keep_ratio or config.target_bits is not None:
+        return replace(config, format="native"), [f"stored in halfbyte's own layout, because {reason}"]
     assert isinstance(config.group_size, int)
     for name, matrix in matrices.items():
         try:

@@ -14,6 +14,7 @@ from concurrent.futures import FIRST_COMPLETED, Future, wait
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
+from statistics import mode
 from typing import Any
 
 import torch
@@ -31,12 +32,14 @@ from halfbyte.device.torch_device import pick_device
 from halfbyte.errors import CheckpointError, ConfigError, HalfbyteError, UnsupportedError
 from halfbyte.formats import gemm, native
 from halfbyte.progress import Ticker, progress_bar
+from halfbyte.quantization.bit_budget import BitBudget
 from halfbyte.quantization.budget import MemoryPlan, parse_bytes, plan_memory
 from halfbyte.quantization.calibration import CalibrationSet, build_calibration_set, read_documents
 from halfbyte.quantization.capture import capture_block_inputs, kept_names, quantizable_linears
 from halfbyte.quantization.config import QuantConfig
 from halfbyte.quantization.distributed import RayWorkers, Workers, workers
 from halfbyte.quantization.identity import describe_run, versions
+from halfbyte.quantization.measuring import errors_by_name, measure_blocks
 from halfbyte.quantization.packing import choose_format, names_by_block
 from halfbyte.quantization.report import MANIFEST_NAME, BlockReport, LinearReport, QuantizationReport
 from halfbyte.quantization.states import States, is_saved
@@ -111,8 +114,9 @@ def quantize(
         try:
             with (
                 workers(ray, devices, threads) as helpers,
-                progress_bar("Quantizing", len(job.blocks) + 1, enabled=progress, unit="blocks") as ticker,
+                progress_bar("Quantizing", job.steps, enabled=progress, unit="blocks") as ticker,
             ):
+                job.choose_widths(journal, ticker)
                 job.quantize_blocks(journal, helpers, ticker)
                 return job.assemble(journal, Path(output_dir), ticker)
         except (HalfbyteError, KeyboardInterrupt) as error:
@@ -121,9 +125,10 @@ def quantize(
 
 def _with_kept_blocks(error: BaseException, journal: Journal, blocks: int) -> BaseException:
     """The same error, which says how to go on if there is anything to go on with."""
-    if not journal.records or journal.finished is not None:
+    done, what = (journal.records, "finished") if journal.records else (journal.measured, "measured")
+    if not done or journal.finished is not None:
         return error
-    kept = f"{len(journal.records)} of {blocks} blocks are finished and kept; run the same command again to go on"
+    kept = f"{len(done)} of {blocks} blocks are {what} and kept; run the same command again to go on"
     text = str(error)
     return type(error)(f"{text}; {kept}" if text else f"stopped by Ctrl-C; {kept}")
 
@@ -146,6 +151,8 @@ class _Job:
     started: float
     names: dict[int | None, list[str]]
     notes: list[str]
+    budget: BitBudget | None
+    widths: dict[str, int] = field(default_factory=dict)
     calibration: CalibrationSet | None = None
     plan: MemoryPlan = field(default_factory=lambda: MemoryPlan(0, False, 0))
     seconds_before: float = 0.0
@@ -169,10 +176,11 @@ class _Job:
         config = config.resolved(linears)
         assert isinstance(config.group_size, int)
         config, notes = choose_format(config, matrices)
+        budget = BitBudget.of(config, {name: (m.out_features, m.in_features) for name, m in matrices.items()})
         names = names_by_block(checkpoint, stored_name, len(blocks))
         return cls(
             model, checkpoint, tensors, skeleton, blocks_name, stored_name, blocks, linears, config, device, progress,
-            started, names, notes,
+            started, names, notes, budget,
         )  # fmt: skip
 
     def plan_memory(self, budget: int | str | None) -> MemoryPlan:
@@ -194,7 +202,8 @@ class _Job:
         inside = sum(self.checkpoint.info(n).nbytes for i, names in self.names.items() if i is not None for n in names)
         outside = sum(self.checkpoint.info(name).nbytes for name in self.names[None])
         assert isinstance(self.config.group_size, int)
-        bits = self.config.bits + 24 / (self.config.group_size if self.config.group_size > 0 else 1024)
+        usual = self.config.bits + 24 / (self.config.group_size if self.config.group_size > 0 else 1024)
+        bits = usual if self.config.target_bits is None else self.config.target_bits
         states = 0
         if self.calibration is not None:
             hidden_size = self.skeleton.config.get_text_config().hidden_size
@@ -224,10 +233,29 @@ class _Job:
 
     def announce(self, journal: Journal) -> None:
         """One line when an unfinished run is taken up."""
-        self.seconds_before = sum(record["seconds"] for record in journal.records.values())
-        if journal.records and self.progress:
-            done = f"{len(journal.records)} of {len(self.blocks)} blocks"
-            print(f"halfbyte: going on with an unfinished run, {done} are done ({journal.folder})", file=sys.stderr)
+        kept = (journal.records, journal.measured)
+        self.seconds_before = sum(record["seconds"] for records in kept for record in records.values())
+        if any(kept) and self.progress:
+            count, what = (len(journal.records), "done") if journal.records else (len(journal.measured), "measured")
+            done = f"{count} of {len(self.blocks)} blocks"
+            print(f"halfbyte: going on with an unfinished run, {done} are {what} ({journal.folder})", file=sys.stderr)
+
+    @property
+    def steps(self) -> int:
+        """Of the progress bar."""
+        return 1 + len(self.blocks) * (1 if self.budget is None else 2)
+
+    @torch.no_grad()
+    def choose_widths(self, journal: Journal, ticker: Ticker) -> None:
+        """The first pass of a bit budget: the errors of every width, then the width of each matrix."""
+        if self.budget is None:
+            return
+        ticker.advance(len(journal.measured))
+        if len(journal.measured) < len(self.blocks):
+            states = States(journal.folder / "states", journal.target, self.device, spill=self.plan.spill)
+            self._capture(states)
+            measure_blocks(journal, len(self.blocks), self._filled, self._task, states, ticker)
+        self.widths = self.budget.solve(errors_by_name(journal, self.stored_name))
 
     @torch.no_grad()
     def quantize_blocks(self, journal: Journal, helpers: Workers | None, ticker: Ticker) -> None:
@@ -283,6 +311,13 @@ class _Job:
             return states
         if not is_saved(folder, saved):
             saved = None
+        self._capture(states, saved)
+        return states
+
+    def _capture(self, states: States, saved: dict[str, Any] | None = None) -> None:
+        """Fill `states` with what goes into the first block, or with what was saved later; empty if uncalibrated."""
+        if self.calibration is None:
+            return
         for batch in capture_block_inputs(
             self.skeleton,
             self.blocks_name,
@@ -293,18 +328,19 @@ class _Job:
             self.calibration.masks,
         ):
             states.take(batch, saved)
-        return states
 
     def _task(self, block: nn.Module, index: int, states: States) -> BlockTask:
+        name = f"{self.stored_name}.{index}"
         return BlockTask(
             block=block,
             index=index,
-            name=f"{self.stored_name}.{index}",
+            name=name,
             names=self.names[index],
             batches=states.batches,
             model_config=self.skeleton.config,
             config=self.config,
             checkpoint=self.checkpoint,
+            widths={k.removeprefix(f"{name}."): bits for k, bits in self.widths.items() if k.startswith(f"{name}.")},
         )
 
     def _record(self, journal: Journal, index: int, outcome: BlockOutcome, saved: dict[str, Any] | None = None) -> None:
@@ -366,6 +402,7 @@ class _Job:
             threads=torch.get_num_threads(),
             warnings=self.notes + [warning for record in records for warning in record["warnings"]],
             versions=versions(),
+            quantized_bytes=sum(record["quantized_bytes"] for record in records),
         )
 
     def _write_documents(self, writer: CheckpointWriter, report: QuantizationReport) -> None:
@@ -376,7 +413,7 @@ class _Job:
             quantization_config = gemm.quantization_config(group_size=group_size, modules_to_not_convert=kept)
         else:
             quantization_config = native.quantization_config(
-                bits=self.config.bits, group_size=group_size, modules_to_not_convert=kept
+                bits=mode(linear.bits for linear in report.linears), group_size=group_size, modules_to_not_convert=kept
             )
         writer.copy_files_from(self.checkpoint.folder)
         writer.add_json("config.json", {**self.checkpoint.config, "quantization_config": quantization_config})

@@ -26,6 +26,7 @@ class LinearReport:
         relative_error: the same for what was stored.
         clipped_share: share of groups whose range was made smaller.
         dead_channels: input channels that were always zero over calibration, left unscaled.
+        bits: width of its codes.
     """
 
     name: str
@@ -36,6 +37,7 @@ class LinearReport:
     relative_error: float | None = None
     clipped_share: float = 0.0
     dead_channels: int = 0
+    bits: int = 4
 
 
 @dataclass(frozen=True)
@@ -67,13 +69,14 @@ class QuantizationReport:
         block_bytes_after: and after, scales and zeros included.
         total_bytes_before: of all tensors.
         total_bytes_after: of all tensors.
-        parameters_quantized: weights that are now `config.bits` wide.
+        parameters_quantized: weights that are now codes, or channels kept in 16 bit beside them.
         seconds: wall-clock time; of a resumed run, with what its finished blocks took before.
         peak_memory_bytes: peak resident memory of the process, or of the worker that needed most.
         blocks: time and memory of each decoder block.
         threads: torch's threads during the search; another number may change the last bit of a sum.
         warnings: what deserves a second look.
         versions: of halfbyte, torch and transformers.
+        quantized_bytes: of the quantized matrices alone: codes, scales, zero points, kept channels.
     """
 
     output_dir: Path
@@ -92,11 +95,17 @@ class QuantizationReport:
     threads: int = 0
     warnings: list[str] = field(default_factory=list)
     versions: dict[str, str] = field(default_factory=dict)
+    quantized_bytes: int = 0
 
     @property
     def bits_per_weight(self) -> float:
         """Of the quantized blocks: everything stored for them (norms included) over their quantized weights."""
         return 8 * self.block_bytes_after / self.parameters_quantized
+
+    @property
+    def stored_bits(self) -> float:
+        """Of a quantized weight: what the quantized matrices take alone, which is what `target_bits` bounds."""
+        return 8 * self.quantized_bytes / self.parameters_quantized
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values for JSON."""
@@ -105,12 +114,13 @@ class QuantizationReport:
             "output_dir": str(self.output_dir),
             "config": self.config.to_dict(),
             "bits_per_weight": self.bits_per_weight,
+            "stored_bits": self.stored_bits,
         }
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> QuantizationReport:
         """The inverse of `to_dict`."""
-        values = {key: value for key, value in values.items() if key != "bits_per_weight"}
+        values = {key: value for key, value in values.items() if key not in ("bits_per_weight", "stored_bits")}
         return cls(
             **{
                 **values,

@@ -59,7 +59,7 @@ def search_scales(
         grid: what the scaled weights will be rounded to.
         config: `n_grid` and `duo_scaling`.
     """
-    rows = torch.cat([_sample_rows(weight) for weight in weights])
+    rows = torch.cat([sample_rows(weight) for weight in weights])
     importance = statistics.gram.diagonal() if config.importance == "l2" else statistics.mean_abs
     salience = fold.per_channel(importance)
     magnitude = fold.per_channel(_relative_magnitude(weights, grid))
@@ -144,7 +144,7 @@ def _relative_magnitude(weights: Sequence[torch.Tensor], grid: Grid) -> torch.Te
     return total / sum(weight.shape[0] for weight in weights)
 
 
-def _sample_rows(weight: torch.Tensor) -> torch.Tensor:
+def sample_rows(weight: torch.Tensor) -> torch.Tensor:
     """Evenly spaced rows, `SAMPLED_ROWS` at most."""
     step = -(-weight.shape[0] // SAMPLED_ROWS)
     return weight[::step]

@@ -5,7 +5,7 @@ Each stage is measured by the same yardstick, E‖ΔW x‖² over the calibratio
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -32,6 +32,7 @@ class SharedInput:
 
     Attributes:
         names: of those to quantize, inside the block.
+        grids: of each of them.
         statistics: of the input as the block was.
         gram: float32 [in, in] of the input they see now, after scaling.
         label: of the scale in effect.
@@ -40,6 +41,7 @@ class SharedInput:
     """
 
     names: tuple[str, ...]
+    grids: dict[str, Grid]
     statistics: InputStatistics
     gram: torch.Tensor
     label: str
@@ -48,9 +50,18 @@ class SharedInput:
 
     @classmethod
     def measure(
-        cls, block: nn.Module, name: str, shared: tuple[str, ...], statistics: InputStatistics, config: QuantConfig
+        cls,
+        block: nn.Module,
+        name: str,
+        shared: tuple[str, ...],
+        statistics: InputStatistics,
+        config: QuantConfig,
+        widths: Mapping[str, int],
     ) -> SharedInput:
-        """Before any fold is applied; statistics that are not finite are made harmless."""
+        """Before any fold is applied; statistics that are not finite are made harmless.
+
+        `widths` has the bits of matrices that differ from the config, by their names inside the block.
+        """
         quantizable = quantizable_matrices(block)
         names = tuple(local for local in shared if local in quantizable and not config.skips(f"{name}.{local}"))
         bad = ~torch.isfinite(statistics.gram.diagonal()) | ~torch.isfinite(statistics.mean_abs)
@@ -58,12 +69,12 @@ class SharedInput:
             statistics.gram[bad, :] = 0
             statistics.gram[:, bad] = 0
             statistics.mean_abs[bad] = 0
-        grid = make_grid(config)
+        grids = {local: make_grid(config, widths.get(local)) for local in names}
         errors = {}
         for local in names:
             weight = weight_of(block, local)
-            errors[local] = RelativeError(weight, statistics.gram)(grid.fake_quantize(weight))
-        return cls(names, statistics, statistics.gram, "none", errors, int(bad.sum()))
+            errors[local] = RelativeError(weight, statistics.gram)(grids[local].fake_quantize(weight))
+        return cls(names, grids, statistics, statistics.gram, "none", errors, int(bad.sum()))
 
     def warnings(self, name: str) -> list[str]:
         """What deserves a second look."""
@@ -96,6 +107,7 @@ def scale_inputs(
     statistics = max((shared.statistics for shared in fed), key=lambda found: found.tokens)
     if not statistics.tokens:
         return
+    # At the config's width even where a bit budget gives another: it measured the errors behind just these scales.
     choice = search_scales(fold, weights, statistics, make_grid(config), config)
     columns = torch.ones((), device=choice.scales.device)
     if choice.label != "identity":
@@ -113,14 +125,21 @@ def round_input(
     Yields:
         Name inside the block, the quantized matrix, and what was measured.
     """
-    if not shared.names:
-        return
-    grid, gram = make_grid(config), shared.gram
-    weights = [weight_of(block, local) for local in shared.names]
+    for grid in dict.fromkeys(shared.grids.values()):
+        names = [local for local in shared.names if shared.grids[local] == grid]
+        yield from _round_on(block, name, shared, names, grid, config)
+
+
+def _round_on(
+    block: nn.Module, name: str, shared: SharedInput, names: Sequence[str], grid: Grid, config: QuantConfig
+) -> Iterator[tuple[str, QuantizedTensor, LinearReport]]:
+    """The same for those of the matrices that have one grid."""
+    gram = shared.gram
+    weights = [weight_of(block, local) for local in names]
     rounded = choose_codes(torch.cat(weights), gram, grid, config)
     dead = int((gram.diagonal() == 0).sum())
     start = 0
-    for local, weight in zip(shared.names, weights, strict=True):
+    for local, weight in zip(names, weights, strict=True):
         rows = slice(start, start + weight.shape[0])
         start = rows.stop
         tensor, nearest = rounded.tensors(rows, weight, grid)
@@ -135,6 +154,7 @@ def round_input(
             relative_error=ranged if tensor is nearest else relative(tensor.dequantize()),
             clipped_share=float(rounded.ranges.clipped[rows].float().mean()),
             dead_channels=dead,
+            bits=grid.bits,
         )
         yield local, tensor, report
 
@@ -195,7 +215,7 @@ class RelativeError:
         return float(gram_error(found - self._weight, self._gram)) / self._energy
 
 
-def make_grid(config: QuantConfig) -> Grid:
-    """The grid a resolved config asks for."""
+def make_grid(config: QuantConfig, bits: int | None = None) -> Grid:
+    """The grid a resolved config asks for, for codes of `bits` if they are not as wide as it says."""
     assert isinstance(config.group_size, int)
-    return Grid(config.bits, config.group_size, config.zero_point)
+    return Grid(config.bits if bits is None else bits, config.group_size, config.zero_point)

@@ -7,7 +7,7 @@ import resource
 import time
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 import torch
@@ -34,6 +34,7 @@ class BlockTask:
         model_config: the Hugging Face config.
         config: group size resolved.
         checkpoint: where the block came from.
+        widths: bits of matrices that differ from the config, by their names inside the block.
     """
 
     block: nn.Module
@@ -44,6 +45,7 @@ class BlockTask:
     model_config: Any
     config: QuantConfig
     checkpoint: Checkpoint
+    widths: Mapping[str, int] = field(default_factory=dict)
 
     def run(self, sums: SumsByBatch = sums_by_batch) -> BlockOutcome:
         """Search, round and pack.
@@ -63,11 +65,12 @@ class BlockTask:
                 self.batches,
                 self.model_config,
                 self.config,
-                lambda tensor: self.checkpoint.info(tensor).dtype if tensor in self.checkpoint else torch.float32,
+                self.dtype_on_disk,
+                self.widths,
                 sums,
             )
         else:
-            result = round_block(self.block, self.name, self.config)
+            result = round_block(self.block, self.name, self.config, self.widths)
         packed = pack_block(self.block, self.name, self.names, result, self.checkpoint, self.config.format)
         if self.config.propagate:
             self.pass_on(packed.tensors)
@@ -79,6 +82,10 @@ class BlockTask:
             "peak_memory_bytes": peak_memory(),
         }
         return BlockOutcome(packed.tensors, document)
+
+    def dtype_on_disk(self, tensor: str) -> torch.dtype:
+        """What a tensor is stored in if it is not quantized."""
+        return self.checkpoint.info(tensor).dtype if tensor in self.checkpoint else torch.float32
 
     def pass_on(self, tensors: Mapping[str, torch.Tensor]) -> None:
         """Move the batches on through the block as the new checkpoint holds it, which the block then is.
