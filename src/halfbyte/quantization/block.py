@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Any
 
 import torch
 from torch import nn
@@ -51,7 +50,6 @@ def calibrate_block(
     index: int,
     name: str,
     batches: list[Batch],
-    model_config: Any,
     config: QuantConfig,
     dtype_on_disk: Callable[[str], torch.dtype],
     widths: Mapping[str, int],
@@ -64,7 +62,6 @@ def calibrate_block(
         index: which block it is.
         name: its dotted name in the model.
         batches: `hidden` is replaced by this block's output, or left as it is with `config.propagate`.
-        model_config: the Hugging Face config.
         config: group size resolved.
         dtype_on_disk: full name of a tensor → the dtype it is stored in if it is not quantized.
         widths: bits of matrices that differ from the config, by their names inside the block.

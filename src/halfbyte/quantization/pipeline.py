@@ -337,7 +337,6 @@ class _Job:
             name=name,
             names=self.names[index],
             batches=states.batches,
-            model_config=self.skeleton.config,
             config=self.config,
             checkpoint=self.checkpoint,
             widths={k.removeprefix(f"{name}."): bits for k, bits in self.widths.items() if k.startswith(f"{name}.")},

@@ -31,7 +31,6 @@ class BlockTask:
         name: its dotted name in the model.
         names: of its tensors on disk.
         batches: what goes into it, moved on by `run`; empty for a method without calibration.
-        model_config: the Hugging Face config.
         config: group size resolved.
         checkpoint: where the block came from.
         widths: bits of matrices that differ from the config, by their names inside the block.
@@ -42,7 +41,6 @@ class BlockTask:
     name: str
     names: list[str]
     batches: list[Batch]
-    model_config: Any
     config: QuantConfig
     checkpoint: Checkpoint
     widths: Mapping[str, int] = field(default_factory=dict)
@@ -63,7 +61,6 @@ class BlockTask:
                 self.index,
                 self.name,
                 self.batches,
-                self.model_config,
                 self.config,
                 self.dtype_on_disk,
                 self.widths,
