@@ -7,14 +7,12 @@ where an earlier one ended. What reaches the checkpoint always comes out of the 
 from __future__ import annotations
 
 import math
-import sys
 import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, wait
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from statistics import mode
 from typing import Any
 
 import torch
@@ -27,10 +25,8 @@ from halfbyte.checkpoints.disk import ensure_space
 from halfbyte.checkpoints.journal import Journal
 from halfbyte.checkpoints.reader import Checkpoint
 from halfbyte.checkpoints.sources import resolve_model
-from halfbyte.checkpoints.writer import CheckpointWriter
 from halfbyte.device.torch_device import pick_device
 from halfbyte.errors import CheckpointError, ConfigError, HalfbyteError, UnsupportedError
-from halfbyte.formats import gemm, native
 from halfbyte.progress import Ticker, progress_bar
 from halfbyte.quantization.bit_budget import BitBudget
 from halfbyte.quantization.budget import MemoryPlan, parse_bytes, plan_memory
@@ -38,10 +34,12 @@ from halfbyte.quantization.calibration import CalibrationSet, build_calibration_
 from halfbyte.quantization.capture import capture_block_inputs, kept_names, quantizable_linears
 from halfbyte.quantization.config import QuantConfig
 from halfbyte.quantization.distributed import RayWorkers, Workers, workers
+from halfbyte.quantization.documents import write_documents
 from halfbyte.quantization.identity import describe_run, versions
 from halfbyte.quantization.measuring import errors_by_name, measure_blocks
 from halfbyte.quantization.packing import choose_format, names_by_block
-from halfbyte.quantization.report import MANIFEST_NAME, BlockReport, LinearReport, QuantizationReport
+from halfbyte.quantization.report import BlockReport, LinearReport, QuantizationReport
+from halfbyte.quantization.resuming import announce, seconds_spent, with_kept_blocks
 from halfbyte.quantization.states import States, is_saved
 from halfbyte.quantization.statistics import sums_by_batch
 from halfbyte.quantization.task import BlockOutcome, BlockTask, advance, give_back_memory, peak_memory
@@ -110,7 +108,9 @@ def quantize(
         if journal.finished is not None:
             return QuantizationReport.from_dict(journal.finished)
         ensure_space(journal.target, job.disk_bytes() - journal.nbytes())
-        job.announce(journal)
+        job.seconds_before = seconds_spent(journal)
+        if progress:
+            announce(journal, len(job.blocks))
         try:
             with (
                 workers(ray, devices, threads) as helpers,
@@ -120,17 +120,7 @@ def quantize(
                 job.quantize_blocks(journal, helpers, ticker)
                 return job.assemble(journal, Path(output_dir), ticker)
         except (HalfbyteError, KeyboardInterrupt) as error:
-            raise _with_kept_blocks(error, journal, len(job.blocks)) from error
-
-
-def _with_kept_blocks(error: BaseException, journal: Journal, blocks: int) -> BaseException:
-    """The same error, which says how to go on if there is anything to go on with."""
-    done, what = (journal.records, "finished") if journal.records else (journal.measured, "measured")
-    if not done or journal.finished is not None:
-        return error
-    kept = f"{len(done)} of {blocks} blocks are {what} and kept; run the same command again to go on"
-    text = str(error)
-    return type(error)(f"{text}; {kept}" if text else f"stopped by Ctrl-C; {kept}")
+            raise with_kept_blocks(error, journal, len(job.blocks)) from error
 
 
 @dataclass
@@ -147,7 +137,6 @@ class _Job:
     linears: list[tuple[str, int]]
     config: QuantConfig
     device: torch.device
-    progress: bool
     started: float
     names: dict[int | None, list[str]]
     notes: list[str]
@@ -179,7 +168,7 @@ class _Job:
         budget = BitBudget.of(config, {name: (m.out_features, m.in_features) for name, m in matrices.items()})
         names = names_by_block(checkpoint, stored_name, len(blocks))
         return cls(
-            model, checkpoint, tensors, skeleton, blocks_name, stored_name, blocks, linears, config, device, progress,
+            model, checkpoint, tensors, skeleton, blocks_name, stored_name, blocks, linears, config, device,
             started, names, notes, budget,
         )  # fmt: skip
 
@@ -230,15 +219,6 @@ class _Job:
             yield threads
         finally:
             torch.set_num_threads(before)
-
-    def announce(self, journal: Journal) -> None:
-        """One line when an unfinished run is taken up."""
-        kept = (journal.records, journal.measured)
-        self.seconds_before = sum(record["seconds"] for records in kept for record in records.values())
-        if any(kept) and self.progress:
-            count, what = (len(journal.records), "done") if journal.records else (len(journal.measured), "measured")
-            done = f"{count} of {len(self.blocks)} blocks"
-            print(f"halfbyte: going on with an unfinished run, {done} are {what} ({journal.folder})", file=sys.stderr)
 
     @property
     def steps(self) -> int:
@@ -371,7 +351,7 @@ class _Job:
                 for name, tensor in journal.read(index):
                     writer.add(name, tensor)
             report = self._report(journal, output_dir)
-            self._write_documents(writer, report)
+            write_documents(writer, self.checkpoint, report, self._not_converted())
             journal.commit(writer, report.to_dict())
         return report
 
@@ -403,20 +383,6 @@ class _Job:
             versions=versions(),
             quantized_bytes=sum(record["quantized_bytes"] for record in records),
         )
-
-    def _write_documents(self, writer: CheckpointWriter, report: QuantizationReport) -> None:
-        """config.json with its `quantization_config`, the manifest, and the tokenizer files."""
-        assert isinstance(self.config.group_size, int)
-        group_size, kept = self.config.group_size, self._not_converted()
-        if self.config.format == "gemm":
-            quantization_config = gemm.quantization_config(group_size=group_size, modules_to_not_convert=kept)
-        else:
-            quantization_config = native.quantization_config(
-                bits=mode(linear.bits for linear in report.linears), group_size=group_size, modules_to_not_convert=kept
-            )
-        writer.copy_files_from(self.checkpoint.folder)
-        writer.add_json("config.json", {**self.checkpoint.config, "quantization_config": quantization_config})
-        writer.add_json(MANIFEST_NAME, report.to_manifest())
 
     def _not_converted(self) -> list[str]:
         """Names every loader understands for what stayed in 16 bit: `lm_head`, routers, what the user excluded."""
