@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -237,6 +238,40 @@ def test_a_run_killed_between_blocks_ends_in_the_same_bits(
     halfbyte.quantize(model, tmp_path / "out", QUICK, **SETTINGS)
     assert contents(tmp_path / "out") == contents(whole[0])
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+def test_with_propagate_the_widths_stay_and_a_killed_run_ends_in_the_same_bits(
+    model: Path, whole: tuple[Path, QuantizationReport], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Errors are measured on plain hidden states, of which the widths follow; only the second pass propagates."""
+    config = replace(QUICK, propagate=True)
+    propagated = halfbyte.quantize(model, tmp_path / "whole", config, **SETTINGS)
+    assert [linear.bits for linear in propagated.linears] == [linear.bits for linear in whole[1].linears]
+    assert stored_bits(tmp_path / "whole") == stored_bits(whole[0]) <= 5.25
+    behind, plain = ([linear.relative_error for linear in report.linears] for report in (propagated, whole[1]))
+    per_block = len(plain) // BLOCKS
+    assert behind[:per_block] == pytest.approx(plain[:per_block], rel=1e-4)
+    assert behind[per_block:] != pytest.approx(plain[per_block:], rel=1e-4)
+
+    measured: list[int] = []
+    measure = Journal.measure
+
+    def counting(self: Journal, index: int, document: dict[str, Any]) -> None:
+        measure(self, index, document)
+        measured.append(index)
+        if measured == [0]:
+            raise Killed
+
+    monkeypatch.setattr(Journal, "measure", counting)
+    with pytest.raises(Killed):
+        halfbyte.quantize(model, tmp_path / "out", config, **SETTINGS)
+    with killed_after(2, monkeypatch):
+        halfbyte.quantize(model, tmp_path / "out", config, **SETTINGS)
+    for state in (tmp_path / ".out.partial" / "states").iterdir():
+        state.unlink()  # so that the quantized blocks are run again from the journal
+    halfbyte.quantize(model, tmp_path / "out", config, **SETTINGS)
+    assert measured == list(range(BLOCKS))
+    assert contents(tmp_path / "out") == contents(tmp_path / "whole")
 
 
 def test_workers_get_their_widths(

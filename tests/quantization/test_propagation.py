@@ -58,6 +58,7 @@ def test_the_first_block_stays_as_it_is_and_the_second_does_not(tiny_llama: Path
     ("name", "config"),
     [
         ("llama", {}),
+        ("llama", {"target_bits": 4.5}),
         ("gpt2", {"keep_ratio": 0.05, "bits": 3, "modules_to_not_convert": ("attn.c_proj",)}),
         ("mixtral", {"rounding": "compensated"}),
         ("gpt_oss", {"modules_to_not_convert": ("mlp.experts.1",)}),

@@ -50,7 +50,8 @@ class QuantConfig:
         sweeps: of coordinate descent after compensated rounding.
         keep_ratio: share of the input channels, the most salient ones, that stays in 16 bit; 0 for none.
         propagate: collect a block's statistics behind the blocks before it as they were quantized; no method does it
-            by itself, because it did not help (docs/design/quantization.md).
+            by itself, because it did not help (docs/design/quantization.md). What `target_bits` goes by is measured
+            without it.
         format: layout on disk: "gemm" (AutoAWQ's), "native" (holds everything), or "auto": gemm wherever it can.
         modules_to_not_convert: parts of module names that stay in 16 bit, e.g. "self_attn.v_proj".
 
