@@ -61,8 +61,9 @@ def test_what_is_loaded_is_what_was_chosen(quantized_llama: Path) -> None:
     ids = torch.randint(320, (40,), generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
         expected = reference(ids.unsqueeze(0)).logits[0]
-    found = halfbyte.load(quantized_llama).logits(ids)
-    assert float((found - expected).norm() / expected.norm()) < 1e-2
+    for settings, tolerance in (({"compute": "a16", "head_bits": 16}, 1e-2), ({"backend": "native"}, 1e-2), ({}, 6e-2)):
+        found = halfbyte.load(quantized_llama, **settings).logits(ids)
+        assert float((found - expected).norm() / expected.norm()) < tolerance, settings
 
 
 def test_awq_is_closer_to_the_original_than_rounding(tiny_llama: Path, quantized_llama: Path, tmp_path: Path) -> None:
@@ -88,7 +89,8 @@ def test_every_variant_loads_and_generates(tiny_llama: Path, tmp_path: Path, con
     report = halfbyte.quantize(tiny_llama, tmp_path / "out", config, **QUICK)
     model = halfbyte.load(report.output_dir)
     assert model.quantized
-    assert sum(model.kernels.values()) == len(report.linears) == (14 if not config.modules_to_not_convert else 6)
+    quantized = sum(count for name, count in model.kernels.items() if name != "half")
+    assert quantized == len(report.linears) == (14 if not config.modules_to_not_convert else 6)
     assert torch.isfinite(model.logits([1, 2, 3])).all()
     assert isinstance(model.generate("The", max_new_tokens=3), str)
 
@@ -255,7 +257,7 @@ def test_ctrl_c_is_one_line_code_2_and_keeps_what_is_finished(finished: int, tin
     text.write_text(TEXT * 50)
     command = [sys.executable, "-m", "halfbyte", "quantize", str(tiny_llama), "-o", str(tmp_path / "out")]
     command += ["--calibration", str(text), "--max-calib-samples", "20"]
-    command += ["--n-grid", "500000" if finished == 0 else "1000"]
+    command += ["--n-grid", "2000000" if finished == 0 else "4000"]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     awaited = ".out.partial/run.json" if finished == 0 else ".out.partial/blocks/0.json"
     deadline = time.monotonic() + 120

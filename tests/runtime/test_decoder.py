@@ -195,7 +195,9 @@ def test_a_head_in_fewer_bits_is_close(tmp_path: Path, bits: int, tolerance: flo
     assert smaller.step_bytes < plain.step_bytes
 
 
-@pytest.mark.parametrize("keep", [{"keep_ratio": 0.1}, {"bits": 3}, {"bits": 8}, {"group_size": -1}])
+@pytest.mark.parametrize(
+    "keep", [{"keep_ratio": 0.1}, {"bits": 3}, {"bits": 8}, {"group_size": -1}, {"group_size": 40}]
+)
 def test_whatever_a_checkpoint_holds_is_run(tmp_path: Path, keep: dict[str, Any]) -> None:
     folder = write_model("llama", tmp_path / "model")
     config = QuantConfig("rtn", **{"group_size": 32, "format": "native", **keep})

@@ -151,8 +151,11 @@ class Journal:
             fsync(shard.path)
             shard.path.rename(path)
             document = {**document, "tensors": list(tensors), "sha256": file_hash(path)}
-            _write_durably(path.with_suffix(".json"), document)
-        self.records[index] = document
+            try:
+                _write_durably(path.with_suffix(".json"), document)
+            finally:  # Ctrl-C may come when the block is on disk already: then it is kept, and counted
+                if path.with_suffix(".json").exists():
+                    self.records[index] = document
 
     def measure(self, index: int, document: dict[str, Any]) -> None:
         """Keep JSON values about a block that is not finished yet: what the next run finds in `measured`.

@@ -54,8 +54,9 @@ def why_not_a8(weight: QuantizedTensor) -> str | None:
             return f"it has {name}"
     if weight.zeros.is_floating_point():
         return "its zero points are not integers"
-    if weight.in_features % weight.groups or weight.in_features // weight.groups % 32:
-        return f"{weight.in_features} inputs in {weight.groups} groups: expected groups of a multiple of 32"
+    size = min(weight.group_size, weight.in_features)
+    if size % 32 or weight.in_features % size:
+        return f"{weight.in_features} inputs in groups of {size}: expected whole groups of a multiple of 32"
     if not torch.equal(weight.scales.half().float(), weight.scales):
         return "its scales are not exact in fp16"
     return None
