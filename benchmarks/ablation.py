@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import sys
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -91,6 +92,8 @@ def main() -> None:
                     "bits_per_weight": report.bits_per_weight,
                 }
             )
+        # Hours of results are not lost with the table.
+        print(f"{name}: {results[-1]['perplexity']:.2f}", file=sys.stderr, flush=True)
     rows = [
         (
             result["variant"],

@@ -1,8 +1,8 @@
-"""One token at a time: the 4-bit model in halfbyte against the bf16 model in transformers, in one run.
+"""One token at a time: 4 bits against bf16, in the fused decoder and in transformers, in one run.
 
     python benchmarks/decode.py
 
-Both are loaded once and measured in turn, several times; medians and the ratio are printed, then one JSON document on
+All are loaded once and measured in turn, several times; medians and the ratio are printed, then one JSON document on
 last line. The limit beside them is how often the weights a token needs can be read, at the bandwidth measured here.
 """
 
@@ -22,7 +22,7 @@ from halfbyte.evaluation.throughput import Throughput, measure_throughput
 
 
 def main() -> None:
-    """Alternate the two models."""
+    """Alternate the models."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="sample:smollm2-135m")
     parser.add_argument("--prompt-tokens", type=int, default=128)
@@ -34,7 +34,12 @@ def main() -> None:
         quantized = Path(folder) / "int4"
         # How the codes were chosen does not change the speed; rounding takes two seconds.
         halfbyte.quantize(options.model, quantized, QuantConfig(method="rtn"))
-        models = {"bf16, transformers": halfbyte.load(options.model), "int4, halfbyte": halfbyte.load(quantized)}
+        models = {
+            "bf16, transformers": halfbyte.load(options.model, backend="transformers"),
+            "bf16, decoder": halfbyte.load(options.model),
+            "int4, transformers": halfbyte.load(quantized, backend="transformers"),
+            "int4, decoder": halfbyte.load(quantized),
+        }
     runs: dict[str, list[Throughput]] = {name: [] for name in models}
     for _ in range(options.rounds):
         for name, model in models.items():
