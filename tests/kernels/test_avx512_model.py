@@ -21,6 +21,7 @@ def test_tier_on_modelled_intrinsics(tmp_path: Path) -> None:
         NATIVE / "decoder.cpp",
         NATIVE / "half_multiply.cpp",
         NATIVE / "linear.cpp",
+        NATIVE / "memory.cpp",
         NATIVE / "w4_matrix.cpp",
         NATIVE / "thread_pool.cpp",
     ]
