@@ -54,6 +54,9 @@ struct Avx2 : F16C {
                                      I (&acc)[M][V]) {
         const I mask = _mm256_set1_epi8(15);
         I pairs[M][V];
+        for (int m = 0; m < M; ++m)
+            for (int v = 0; v < V; ++v) pairs[m][v] = zero();
+#pragma GCC unroll 2
         for (int octet = 0; octet < 4; ++octet) {
             I low[V], high[V];
             for (int v = 0; v < V; ++v) {
@@ -65,7 +68,7 @@ struct Avx2 : F16C {
                 const I x_low = broadcast4(x[m] + octet * OCTET), x_high = broadcast4(x[m] + octet * OCTET + 4);
                 for (int v = 0; v < V; ++v) {
                     const I sum = _mm256_add_epi16(_mm256_maddubs_epi16(low[v], x_low), _mm256_maddubs_epi16(high[v], x_high));
-                    pairs[m][v] = octet == 0 ? sum : _mm256_add_epi16(pairs[m][v], sum);
+                    pairs[m][v] = _mm256_add_epi16(pairs[m][v], sum);
                 }
             }
         }
