@@ -1,5 +1,10 @@
 #include "isa.hpp"
 
+#if defined(HALFBYTE_ARM_TIERS) && defined(__linux__)
+#include <asm/hwcap.h>
+#include <sys/auxv.h>
+#endif
+
 namespace halfbyte {
 
 namespace {
@@ -14,6 +19,14 @@ bool has_avx512_vnni() {
     return has_avx2() && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") &&
            __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512vnni");
 }
+#elif defined(HALFBYTE_ARM_TIERS)
+bool has_neon() {
+#if defined(__linux__)
+    return (getauxval(AT_HWCAP) & HWCAP_ASIMDDP) != 0;
+#else
+    return false;  // no other system has been asked yet
+#endif
+}
 #endif
 
 }  // namespace
@@ -24,11 +37,13 @@ std::vector<const Tier*> available_tiers() {
     __builtin_cpu_init();
     if (has_avx512_vnni()) tiers.push_back(avx512_vnni_tier());
     if (has_avx2()) tiers.push_back(avx2_tier());
+#elif defined(HALFBYTE_ARM_TIERS)
+    if (has_neon()) tiers.push_back(neon_tier());
 #endif
     tiers.push_back(portable_tier());
     return tiers;
 }
 
-std::vector<std::string> known_tiers() { return {"avx512_vnni", "avx2", "portable"}; }
+std::vector<std::string> known_tiers() { return {"avx512_vnni", "avx2", "neon", "portable"}; }
 
 }  // namespace halfbyte

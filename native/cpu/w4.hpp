@@ -110,5 +110,6 @@ struct Tier {
 const Tier* portable_tier();
 const Tier* avx2_tier();
 const Tier* avx512_vnni_tier();
+const Tier* neon_tier();
 
 }  // namespace halfbyte

@@ -1,0 +1,37 @@
+"""Compiles `native_check.cpp`, the checks of the native core that need no Python, with whatever tiers a processor can have."""
+
+import subprocess
+from collections.abc import Sequence
+from pathlib import Path
+
+HERE = Path(__file__).parent
+NATIVE = HERE.parents[1] / "native/cpu"
+# Processor → what CMakeLists.txt defines for it, and its tiers with the flags of each.
+TIERS = {
+    "x86_64": (
+        "HALFBYTE_X86_TIERS",
+        {
+            "tier_avx2.cpp": ["-mavx2", "-mfma", "-mf16c"],
+            "tier_avx512_vnni.cpp": [
+                "-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mavx512vnni", "-mfma", "-mf16c",
+            ],
+        },
+    ),
+    "aarch64": ("HALFBYTE_ARM_TIERS", {"tier_neon.cpp": ["-march=armv8.2-a+dotprod"]}),
+}  # fmt: skip
+
+
+def build_check(compiler: str, machine: str, flags: Sequence[str], folder: Path) -> Path:
+    """The program `folder`/check; a tier that is not of `machine` is left out."""
+    define, tiers = TIERS.get(machine, ("HALFBYTE_NO_TIERS", {}))
+    others = {name for _, of_machine in TIERS.values() for name in of_machine} - set(tiers)
+    common = ["-std=c++17", "-ffp-contract=off", f"-I{NATIVE}", f"-D{define}", *flags]
+    objects = []
+    for source in [*sorted(NATIVE.glob("*.cpp")), HERE / "native_check.cpp"]:
+        if source.name in others:
+            continue
+        objects.append(str(folder / f"{source.stem}.o"))
+        command = [compiler, *common, *tiers.get(source.name, []), "-c", str(source), "-o", objects[-1]]
+        subprocess.run(command, check=True)
+    subprocess.run([compiler, *common, *objects, "-pthread", "-o", str(folder / "check")], check=True)
+    return folder / "check"
