@@ -1,6 +1,8 @@
 #include "isa.hpp"
 
-#if defined(HALFBYTE_ARM_TIERS) && defined(__linux__)
+#if defined(HALFBYTE_X86_TIERS)
+#include <cpuid.h>
+#elif defined(HALFBYTE_ARM_TIERS) && defined(__linux__)
 #include <asm/hwcap.h>
 #include <sys/auxv.h>
 #endif
@@ -13,6 +15,12 @@ namespace {
 // __builtin_cpu_supports asks CPUID and, through XGETBV, whether the operating system saves the wide registers.
 bool has_avx2() {
     return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
+}
+
+// Clang's __builtin_cpu_supports does not know the name everywhere: leaf 7, subleaf 1, EAX bit 4. The registers are AVX2's.
+bool has_avx_vnni() {
+    unsigned eax = 0, ebx = 0, ecx = 0, edx = 0;
+    return has_avx2() && __get_cpuid_count(7, 1, &eax, &ebx, &ecx, &edx) != 0 && (eax >> 4 & 1u) != 0;
 }
 
 bool has_avx512_vnni() {
@@ -36,6 +44,7 @@ std::vector<const Tier*> available_tiers() {
 #if defined(HALFBYTE_X86_TIERS)
     __builtin_cpu_init();
     if (has_avx512_vnni()) tiers.push_back(avx512_vnni_tier());
+    if (has_avx_vnni()) tiers.push_back(avx_vnni_tier());
     if (has_avx2()) tiers.push_back(avx2_tier());
 #elif defined(HALFBYTE_ARM_TIERS)
     if (has_neon()) tiers.push_back(neon_tier());
@@ -44,6 +53,6 @@ std::vector<const Tier*> available_tiers() {
     return tiers;
 }
 
-std::vector<std::string> known_tiers() { return {"avx512_vnni", "avx2", "neon", "portable"}; }
+std::vector<std::string> known_tiers() { return {"avx512_vnni", "avx_vnni", "avx2", "neon", "portable"}; }
 
 }  // namespace halfbyte

@@ -12,6 +12,7 @@ TIERS = {
         "HALFBYTE_X86_TIERS",
         {
             "tier_avx2.cpp": ["-mavx2", "-mfma", "-mf16c"],
+            "tier_avx_vnni.cpp": ["-mavx2", "-mfma", "-mf16c", "-mavxvnni"],
             "tier_avx512_vnni.cpp": [
                 "-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mavx512vnni", "-mfma", "-mf16c",
             ],
