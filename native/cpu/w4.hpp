@@ -111,6 +111,7 @@ const Tier* portable_tier();
 const Tier* avx2_tier();
 const Tier* avx_vnni_tier();
 const Tier* avx512_vnni_tier();
+const Tier* amx_tier();
 const Tier* neon_tier();
 
 }  // namespace halfbyte

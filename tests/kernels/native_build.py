@@ -1,4 +1,4 @@
-"""Compiles `native_check.cpp`, the checks of the native core that need no Python, with whatever tiers a processor can have."""
+"""Compiles `native_check.cpp`, the checks of the core that need no Python, with the tiers a processor can have."""
 
 import subprocess
 from collections.abc import Sequence
@@ -6,6 +6,7 @@ from pathlib import Path
 
 HERE = Path(__file__).parent
 NATIVE = HERE.parents[1] / "native/cpu"
+AVX512 = ["-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mavx512vnni", "-mfma", "-mf16c"]
 # Processor → what CMakeLists.txt defines for it, and its tiers with the flags of each.
 TIERS = {
     "x86_64": (
@@ -13,13 +14,12 @@ TIERS = {
         {
             "tier_avx2.cpp": ["-mavx2", "-mfma", "-mf16c"],
             "tier_avx_vnni.cpp": ["-mavx2", "-mfma", "-mf16c", "-mavxvnni"],
-            "tier_avx512_vnni.cpp": [
-                "-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mavx512vnni", "-mfma", "-mf16c",
-            ],
+            "tier_avx512_vnni.cpp": AVX512,
+            "tier_amx.cpp": [*AVX512, "-mamx-tile", "-mamx-int8"],
         },
     ),
     "aarch64": ("HALFBYTE_ARM_TIERS", {"tier_neon.cpp": ["-march=armv8.2-a+dotprod"]}),
-}  # fmt: skip
+}
 
 
 def build_check(compiler: str, machine: str, flags: Sequence[str], folder: Path) -> Path:

@@ -1,4 +1,4 @@
-"""The native core on AArch64: cross-compiled, and run in an emulator, with the neon tier and as on a CPU that lacks it."""
+"""The native core on AArch64: cross-compiled and run in an emulator, with the neon tier and on a CPU that lacks it."""
 
 import shutil
 import subprocess

@@ -18,7 +18,9 @@ AVX2 = TIERS["x86_64"][1]["tier_avx2.cpp"]
 def run_check(source: str, flags: list[str], folder: Path) -> None:
     """Compile `source`, which includes a tier and its model, against the rest of the core, and run it."""
     program = folder / "check"
-    rest = [path for path in sorted(NATIVE.glob("*.cpp")) if path.name != "isa.cpp" and not path.name.startswith("tier_")]
+    rest = [
+        path for path in sorted(NATIVE.glob("*.cpp")) if path.name != "isa.cpp" and not path.name.startswith("tier_")
+    ]
     sources = [HERE / source, *rest]
     common = ["-std=c++17", "-O1", "-ffp-contract=off", "-pthread", f"-I{NATIVE}", f"-I{HERE}"]
     subprocess.run(["g++", *common, *flags, *map(str, sources), "-o", str(program)], check=True)
@@ -29,6 +31,11 @@ def run_check(source: str, flags: list[str], folder: Path) -> None:
 @pytest.mark.skipif(shutil.which("g++") is None, reason="needs g++ to compile the tier against the model")
 def test_avx512_vnni(tmp_path: Path) -> None:
     run_check("avx512_check.cpp", [], tmp_path)
+
+
+@pytest.mark.skipif(shutil.which("g++") is None, reason="needs g++ to compile the tier against the model")
+def test_amx(tmp_path: Path) -> None:
+    run_check("amx_check.cpp", [], tmp_path)
 
 
 @pytest.mark.skipif(shutil.which("g++") is None, reason="needs g++ to compile the tier against the model")
