@@ -1,7 +1,7 @@
 """Compiles `native_check.cpp`, the checks of the core that need no Python, with the tiers a processor can have."""
 
 import subprocess
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from pathlib import Path
 
 HERE = Path(__file__).parent
@@ -22,17 +22,20 @@ TIERS = {
 }
 
 
-def build_check(compiler: str, machine: str, flags: Sequence[str], folder: Path) -> Path:
-    """The program `folder`/check; a tier that is not of `machine` is left out."""
+def build_check(
+    compiler: str, machine: str, flags: Sequence[str], folder: Path, *, plain: Collection[str] = ()
+) -> Path:
+    """`folder`/check. A tier that is not of `machine` is left out; one named in `plain` gets none of `flags`."""
     define, tiers = TIERS.get(machine, ("HALFBYTE_NO_TIERS", {}))
     others = {name for _, of_machine in TIERS.values() for name in of_machine} - set(tiers)
-    common = ["-std=c++17", "-ffp-contract=off", f"-I{NATIVE}", f"-D{define}", *flags]
+    common = ["-std=c++17", "-ffp-contract=off", f"-I{NATIVE}", f"-D{define}"]
     objects = []
     for source in [*sorted(NATIVE.glob("*.cpp")), HERE / "native_check.cpp"]:
         if source.name in others:
             continue
         objects.append(str(folder / f"{source.stem}.o"))
-        command = [compiler, *common, *tiers.get(source.name, []), "-c", str(source), "-o", objects[-1]]
+        chosen = ["-O1"] if source.stem.removeprefix("tier_") in plain else flags
+        command = [compiler, *common, *chosen, *tiers.get(source.name, []), "-c", str(source), "-o", objects[-1]]
         subprocess.run(command, check=True)
-    subprocess.run([compiler, *common, *objects, "-pthread", "-o", str(folder / "check")], check=True)
+    subprocess.run([compiler, *common, *flags, *objects, "-pthread", "-o", str(folder / "check")], check=True)
     return folder / "check"
