@@ -11,7 +11,7 @@ namespace halfbyte {
 // Fastest first; `portable` is always last.
 std::vector<const Tier*> available_tiers();
 
-// Every tier this build knows by name, whether or not the CPU has it.
+// Every tier by name, whether or not this build and this CPU have it.
 std::vector<std::string> known_tiers();
 
 }  // namespace halfbyte

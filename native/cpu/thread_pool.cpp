@@ -24,6 +24,8 @@ std::atomic<int> g_threads{1};  // outlives a fork, unlike the pool
 void pause() {
 #if defined(__x86_64__) || defined(__i386__)
     __builtin_ia32_pause();
+#elif defined(__aarch64__)
+    asm volatile("yield");
 #endif
 }
 
@@ -59,7 +61,8 @@ struct ThreadPool::State {
     }
 
     bool idle(int id) const {
-        return !open(ticket.load(std::memory_order_acquire)) || id >= g_threads.load(std::memory_order_relaxed);
+        // Sequentially consistent, so that a worker which has just said that it sleeps cannot have read an older ticket.
+        return !open(ticket.load()) || id >= g_threads.load(std::memory_order_relaxed);
     }
 
     void worker(int id) {

@@ -109,6 +109,9 @@ struct Tier {
 // Null when this build or this CPU (or its operating system) lacks the tier.
 const Tier* portable_tier();
 const Tier* avx2_tier();
+const Tier* avx_vnni_tier();
 const Tier* avx512_vnni_tier();
+const Tier* amx_tier();
+const Tier* neon_tier();
 
 }  // namespace halfbyte

@@ -1,5 +1,5 @@
 // A scalar model of the AVX-512 and F16C intrinsics the avx512_vnni tier uses, each written from its documented operation,
-// so that the tier's code is checked on machines that cannot run it. See test_avx512_model.py.
+// so that the tier's code is checked on machines that cannot run it. See test_modelled_tiers.py.
 #pragma once
 
 #include <cmath>
