@@ -41,6 +41,9 @@ struct Avx512 : F16C {
     static F load_f16(const std::uint16_t* p) {
         return _mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
     }
+    static F load_i8(const std::int8_t* p) {
+        return _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p))));
+    }
 
     static constexpr int A8_VECTORS_1 = 4, A8_VECTORS_2 = 4, A8_VECTORS_4 = 2, A8_BLOCKS = 4;
     static I zero() { return _mm512_setzero_si512(); }

@@ -30,6 +30,7 @@ struct Portable {
         return F{from_bf16(p[0]), from_bf16(p[1]), from_bf16(p[2]), from_bf16(p[3])};
     }
     static F load_f16(const std::uint16_t* p) { return F{from_f16(p[0]), from_f16(p[1]), from_f16(p[2]), from_f16(p[3])}; }
+    static F load_i8(const std::int8_t* p) { return to_float(I{p[0], p[1], p[2], p[3]}); }
     static void widen_f16(const std::uint16_t* source, float* target, int count) {
         for (int i = 0; i < count; ++i) target[i] = from_f16(source[i]);
     }

@@ -104,6 +104,11 @@ inline __m512i _mm512_mullo_epi32(__m512i a, __m512i b) {
 inline __m512i _mm512_cvtepu8_epi32(__m128i a) {
     return model_lanes<__m512i>([&](int i) { return (a.half[i / 2] >> (8 * (i % 2))) & 255u; });
 }
+inline __m512i _mm512_cvtepi8_epi32(__m128i a) {
+    return model_lanes<__m512i>([&](int i) {
+        return static_cast<std::uint32_t>(static_cast<std::int8_t>((a.half[i / 2] >> (8 * (i % 2))) & 255u));
+    });
+}
 // Four products of an unsigned byte of a and a signed byte of b, added to each lane, without saturation.
 inline __m512i _mm512_dpbusd_epi32(__m512i sums, __m512i a, __m512i b) {
     return model_lanes<__m512i>([&](int i) {

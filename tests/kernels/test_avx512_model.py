@@ -20,6 +20,7 @@ def test_tier_on_modelled_intrinsics(tmp_path: Path) -> None:
         HERE / "avx512_check.cpp",
         NATIVE / "decoder.cpp",
         NATIVE / "half_multiply.cpp",
+        NATIVE / "kv_cache.cpp",
         NATIVE / "linear.cpp",
         NATIVE / "w4_matrix.cpp",
         NATIVE / "thread_pool.cpp",

@@ -13,7 +13,7 @@ import halfbyte
 from halfbyte import QuantConfig
 from halfbyte.architectures.records import FAMILIES
 from halfbyte.errors import ConfigError, UnsupportedError
-from halfbyte.runtime.decoder import NativeDecoder
+from halfbyte.runtime.decoder import CACHE_TYPES, NativeDecoder
 
 BASE: dict[str, Any] = {
     "vocab_size": 320, "hidden_size": 96, "intermediate_size": 160, "num_hidden_layers": 4, "num_attention_heads": 6,
@@ -137,14 +137,14 @@ def test_every_known_family_is_tested() -> None:
     assert tested == set(FAMILIES)
 
 
-@pytest.mark.parametrize("compute", ["a8", "a16", "half"])
-def test_a_row_has_the_same_bits_in_any_company(tmp_path: Path, compute: str) -> None:
+@pytest.mark.parametrize(("compute", "cache_type"), [("a8", "fp16"), ("a8", "int8"), ("a16", "fp16"), ("half", "int8")])
+def test_a_row_has_the_same_bits_in_any_company(tmp_path: Path, compute: str, cache_type: str) -> None:
     folder = write_model("llama", tmp_path / "model")
     if compute != "half":
         halfbyte.quantize(folder, tmp_path / "int4", QuantConfig("rtn", group_size=32), progress=False)
-        decoder = decoder_of(tmp_path / "int4", compute=compute)
+        decoder = decoder_of(tmp_path / "int4", compute=compute, cache=cache_type)
     else:
-        decoder = decoder_of(folder)
+        decoder = decoder_of(folder, cache=cache_type)
     ids = torch.randint(320, (3, 300), generator=torch.Generator().manual_seed(3)).tolist()
     alone = decoder.logits(torch.tensor(ids[0]))
     cache = decoder.new_cache(3, 320)
@@ -157,10 +157,11 @@ def test_a_row_has_the_same_bits_in_any_company(tmp_path: Path, compute: str) ->
     assert torch.equal(torch.stack(found), alone[290:])
 
 
-def test_the_number_of_threads_does_not_change_a_bit(tmp_path: Path) -> None:
+@pytest.mark.parametrize("cache_type", CACHE_TYPES)
+def test_the_number_of_threads_does_not_change_a_bit(tmp_path: Path, cache_type: str) -> None:
     from halfbyte import _native
 
-    decoder = decoder_of(write_model("gemma2", tmp_path))
+    decoder = decoder_of(write_model("gemma2", tmp_path), cache=cache_type)
     ids, before, found = torch.arange(40) * 7 % 320, _native.threads(), []
     try:
         for threads in (1, 2, 3):
@@ -250,7 +251,7 @@ def test_a_tensor_of_the_wrong_shape_is_named(tmp_path: Path) -> None:
         halfbyte.load(folder)
 
 
-@pytest.mark.parametrize(("settings", "says"), [({"compute": "a4"}, "compute"), ({"head_bits": 5}, "head_bits")])
+@pytest.mark.parametrize(("settings", "says"), [({"compute": "a4"}, "compute"), ({"head_bits": 5}, "head_bits"), ({"cache": "int4"}, "cache: expected auto, fp16 or int8")])
 def test_bad_settings_are_refused(tmp_path: Path, settings: dict[str, Any], says: str) -> None:
     folder = write_model("llama", tmp_path)
     with pytest.raises(ConfigError, match=says):

@@ -23,7 +23,14 @@ _QK_NORMS = {"": 0, "heads": 1, "whole": 2}
 
 
 def load_decoder(
-    skeleton: Any, checkpoint: Checkpoint, record: DecoderRecord, layout: Layout | None, *, compute: str, head_bits: int
+    skeleton: Any,
+    checkpoint: Checkpoint,
+    record: DecoderRecord,
+    layout: Layout | None,
+    *,
+    compute: str,
+    head_bits: int,
+    cache: str,
 ) -> NativeDecoder:
     """Lay a checkpoint out for the native decoder.
 
@@ -34,11 +41,12 @@ def load_decoder(
         layout: None for a model in 16 bit.
         compute: "a8" or "a16".
         head_bits: 16, 8 or 4.
+        cache: "fp16" or "int8".
 
     Raises:
         CheckpointError: a tensor is missing or has another shape than the config implies.
     """
-    return _Loader(skeleton, checkpoint, record, layout, compute).load(head_bits)
+    return _Loader(skeleton, checkpoint, record, layout, compute).load(head_bits, cache)
 
 
 class _Loader:
@@ -60,7 +68,7 @@ class _Loader:
         self._keep: list[torch.Tensor] = []
         self._forms: Counter[str] = Counter()
 
-    def load(self, head_bits: int) -> NativeDecoder:
+    def load(self, head_bits: int, cache: str) -> NativeDecoder:
         from halfbyte import _native
 
         _native.set_threads(thread_count())
@@ -93,6 +101,7 @@ class _Loader:
             keep=self._keep,
             compute=self._compute,
             head_bits=head_bits,
+            cache=cache,
             forms=dict(self._forms),
             nbytes=in_place + packed,
         )
