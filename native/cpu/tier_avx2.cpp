@@ -71,6 +71,37 @@ struct Avx2 : F16C {
         }
         add_pairs(pairs, 1, acc);
     }
+    // Two products of pairs fit 16 bits: 2 · 63 · 127 · 2 < 2^15.
+    template <int M, int V>
+    static inline void dot32_sixes(const std::uint32_t* const (&words)[V], const std::int8_t* const (&x)[M],
+                                   I (&acc)[M][V]) {
+        const I mask = _mm256_set1_epi8(15), upper = _mm256_set1_epi8(0x30);
+        for (int h = 0; h < 2; ++h) {
+            I codes[4][V];  // of four inputs each
+            for (int v = 0; v < V; ++v) {
+                const I first = load_words(words[v] + 2 * h * BLOCK_ROWS), second = load_words(words[v] + (2 * h + 1) * BLOCK_ROWS);
+                const I bits = load_words(words[v] + (4 + h) * BLOCK_ROWS);
+                const auto join = [&](I nibbles, I twos) {
+                    return _mm256_or_si256(_mm256_and_si256(nibbles, mask), _mm256_and_si256(twos, upper));
+                };
+                codes[0][v] = join(first, _mm256_slli_epi32(bits, 4));
+                codes[1][v] = join(_mm256_srli_epi32(first, 4), _mm256_slli_epi32(bits, 2));
+                codes[2][v] = join(second, bits);
+                codes[3][v] = join(_mm256_srli_epi32(second, 4), _mm256_srli_epi32(bits, 2));
+            }
+            for (int octet = 0; octet < 2; ++octet) {
+                I pairs[M][V];
+                for (int m = 0; m < M; ++m) {
+                    const std::int8_t* inputs = x[m] + (2 * h + octet) * OCTET;
+                    const I x_low = broadcast4(inputs), x_high = broadcast4(inputs + 4);
+                    for (int v = 0; v < V; ++v)
+                        pairs[m][v] = _mm256_add_epi16(_mm256_maddubs_epi16(codes[2 * octet][v], x_low),
+                                                       _mm256_maddubs_epi16(codes[2 * octet + 1][v], x_high));
+                }
+                add_pairs(pairs, 1, acc);
+            }
+        }
+    }
     // A byte is two nibbles: one would overflow 16 bits.
     template <int M, int V>
     static inline void dot32_bytes(const std::uint32_t* const (&words)[V], const std::int8_t* const (&x)[M],

@@ -57,6 +57,21 @@ struct Portable {
             }
     }
     template <int M, int V>
+    static inline void dot32_sixes(const std::uint32_t* const (&words)[V], const std::int8_t* const (&x)[M],
+                                   I (&acc)[M][V]) {
+        for (int octet = 0; octet < 4; ++octet)
+            for (int v = 0; v < V; ++v) {
+                const I line = load_words(words[v] + octet * BLOCK_ROWS);
+                const I bits = load_words(words[v] + (4 + octet / 2) * BLOCK_ROWS) >> (4 * (octet % 2));
+                for (int i = 0; i < 4; ++i) {
+                    const I low = ((line >> (8 * i)) & 15) + ((bits >> (8 * i)) & 3) * 16;
+                    const I high = ((line >> (8 * i + 4)) & 15) + ((bits >> (8 * i + 2)) & 3) * 16;
+                    for (int m = 0; m < M; ++m)
+                        acc[m][v] += low * x[m][octet * OCTET + i] + high * x[m][octet * OCTET + 4 + i];
+                }
+            }
+    }
+    template <int M, int V>
     static inline void dot32_bytes(const std::uint32_t* const (&words)[V], const std::int8_t* const (&x)[M],
                                    I (&acc)[M][V]) {
         for (int line = 0; line < 8; ++line)

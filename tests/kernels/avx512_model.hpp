@@ -57,6 +57,9 @@ inline __m512i _mm512_set1_epi32(int a) {
 inline __m512i _mm512_and_si512(__m512i a, __m512i b) {
     return model_lanes<__m512i>([&](int i) { return a.lane[i] & b.lane[i]; });
 }
+inline __m512i _mm512_or_si512(__m512i a, __m512i b) {
+    return model_lanes<__m512i>([&](int i) { return a.lane[i] | b.lane[i]; });
+}
 // Signed, one rounding.
 inline __m512 _mm512_cvtepi32_ps(__m512i a) {
     return model_lanes<__m512>([&](int i) { return static_cast<float>(static_cast<std::int32_t>(a.lane[i])); });

@@ -200,7 +200,7 @@ inline int check_decoder(const Tier& tier) {
 
 inline int check_tier(const Tier& tier) {
     int failures = 0;
-    for (const int bits : {4, 8}) {
+    for (const int bits : {4, 6, 8}) {
         failures += check_a8(tier, 37, 64, 2, bits) + check_a8(tier, 48, 192, 3, bits);
         failures += check_a8(tier, 16, 128, 1, bits) + check_a8(tier, 83, 256, 2, bits);
     }

@@ -25,7 +25,7 @@ def command(
         str, typer.Option(help="auto, decoder, transformers, or a kernel of `halfbyte backends`.")
     ] = "auto",
     compute: Annotated[str, typer.Option(help="Activations of the decoder: a8 (8 bits), a16, or auto.")] = "auto",
-    head_bits: Annotated[str, typer.Option(help="Output head of the decoder: 16, 8, 4, or auto.")] = "auto",
+    head_bits: Annotated[str, typer.Option(help="Output head of the decoder: 16, 8, 6, 4, or auto.")] = "auto",
     cache: Annotated[str, typer.Option(help="Keys and values of the decoder: fp16, int8, or auto.")] = "auto",
     json: JsonFlag = False,
 ) -> None:

@@ -16,7 +16,9 @@ from halfbyte.kernels.w4a16 import pack_native
 from halfbyte.tensor import QuantizedTensor
 
 COMPUTE_MODES = ("a8", "a16")
-HEAD_BITS = (16, 8, 4)
+# Widths a8 stores codes in; narrower ones take the next.
+A8_BITS = (4, 6, 8)
+HEAD_BITS = (16, 8, 6, 4)
 # Inputs that share a scale in an output head quantized while loading.
 HEAD_GROUP = 32
 
@@ -43,7 +45,7 @@ def quantized_linear(weight: QuantizedTensor, compute: str, tier: str) -> Any:
         weight.zeros.contiguous().numpy(),
         None if weight.bias is None else weight.bias.detach().float().contiguous().numpy(),
         tier,
-        4 if weight.bits <= 4 else 8,
+        next(width for width in A8_BITS if weight.bits <= width),
     )
 
 
@@ -77,7 +79,7 @@ def head_linear(weight: torch.Tensor, bits: int, tier: str) -> Any:
     """An output head [vocabulary, hidden]: as it is, or rounded to nearest in groups of `HEAD_GROUP`.
 
     Raises:
-        ConfigError: bits other than 16, 8 or 4.
+        ConfigError: bits other than 16, 8, 6 or 4.
         UnsupportedError: groups do not divide its width.
     """
     if bits not in HEAD_BITS:

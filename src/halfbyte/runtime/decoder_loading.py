@@ -40,7 +40,7 @@ def load_decoder(
         record: the architecture.
         layout: None for a model in 16 bit.
         compute: "a8" or "a16".
-        head_bits: 16, 8 or 4.
+        head_bits: 16, 8, 6 or 4.
         cache: "fp16" or "int8".
 
     Raises:

@@ -71,7 +71,7 @@ def load_model(
         backend: "decoder" (fused, on the CPU), "transformers", the name of a linear kernel inside transformers, or
             "auto": the decoder where it knows the architecture.
         compute: in the decoder, activations that meet codes are in 8 bits ("a8") or in fp32 ("a16"); "auto" for a8.
-        head_bits: of the output head in the decoder: 16, 8 or 4; "auto" for 8 if the model is quantized, else 16.
+        head_bits: of the output head in the decoder: 16, 8, 6 or 4; "auto" for 8 if the model is quantized, else 16.
         cache: in the decoder, keys and values are kept in "fp16" or "int8"; "auto" for fp16.
 
     Raises:
