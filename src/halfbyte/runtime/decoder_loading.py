@@ -13,8 +13,9 @@ from halfbyte.checkpoints.reader import Checkpoint
 from halfbyte.device.cpu import pick_tier, thread_count
 from halfbyte.errors import CheckpointError
 from halfbyte.formats.layouts import Layout
-from halfbyte.kernels.decoder_linear import half_linear, head_linear, quantized_linear
+from halfbyte.kernels.decoder_linear import half_linear, quantized_linear
 from halfbyte.runtime.decoder import NativeDecoder
+from halfbyte.runtime.head import head_linear
 from halfbyte.runtime.rotation import Rotations
 
 _DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
@@ -79,12 +80,13 @@ class _Loader:
         embedding = self._half("model.embed_tokens.weight")
         tied = self._skeleton.lm_head.weight is self._skeleton.model.embed_tokens.weight
         weight = embedding if tied else self._half("lm_head.weight")
-        head = head_linear(weight, head_bits, self._tier)
+        norm = self._norm("model.norm")
+        head = head_linear(weight, norm, head_bits, self._tier)
         self._keep += [embedding] if tied or head_bits != 16 else [embedding, weight]
         native = _native.Decoder(
             self._native_config(rotations.pairs, len(kinds)),
             layers,
-            self._norm("model.norm"),
+            norm,
             head,
             embedding.data_ptr(),
             _DTYPES[embedding.dtype],

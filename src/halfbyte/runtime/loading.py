@@ -17,12 +17,13 @@ from halfbyte.checkpoints.reader import Checkpoint
 from halfbyte.device.torch_device import pick_device
 from halfbyte.errors import CheckpointError, ConfigError, UnsupportedError
 from halfbyte.formats.layouts import Layout, read_layout
-from halfbyte.kernels.decoder_linear import COMPUTE_MODES, HEAD_BITS
+from halfbyte.kernels.decoder_linear import COMPUTE_MODES
 from halfbyte.runtime.compute_dtype import prepare_for_cpu
 from halfbyte.runtime.decoder import CACHE_TYPES, NativeDecoder
 from halfbyte.runtime.decoder_loading import load_decoder
 from halfbyte.runtime.engine import Engine, TransformersEngine
 from halfbyte.runtime.experts import ExpertCollector
+from halfbyte.runtime.head import DEFAULT_HEAD_BITS, HEAD_BITS
 from halfbyte.runtime.quant_linear import QuantLinear
 
 # Backends that are not the name of a linear kernel.
@@ -100,7 +101,7 @@ def load_model(
         kernel = "auto" if backend == TRANSFORMERS else backend
         engine, kernels = _in_transformers(network, checkpoint, layout, linears, kernel, target)
     else:
-        bits = (16 if layout is None else 8) if head_bits == "auto" else head_bits
+        bits = (16 if layout is None else DEFAULT_HEAD_BITS) if head_bits == "auto" else head_bits
         engine = load_decoder(
             network,
             checkpoint,
