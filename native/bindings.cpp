@@ -13,6 +13,7 @@
 #include <string>
 #include <vector>
 
+#include "cpu/parallel.hpp"
 #include "cpu/decoder.hpp"
 #include "cpu/half_multiply.hpp"
 #include "cpu/isa.hpp"
@@ -128,6 +129,22 @@ void round_block(std::uintptr_t work, std::uintptr_t couplings, std::uintptr_t p
     nb::gil_scoped_release release;
     picked.round_block({in(work), in(couplings), in(pivots), in(scales), in(zeros), out(codes), out(moved), rows, stride,
                         columns, static_cast<float>(max_code), revisit});
+}
+
+// Addresses of tensors that kernels/ranges.py has just checked.
+void try_range(std::uintptr_t weights, std::uintptr_t grams, std::uintptr_t projections, std::uintptr_t scales,
+               std::uintptr_t zeros, std::uintptr_t quadratic, std::uintptr_t linear, int groups, std::size_t rows,
+               int size, int max_code, const std::string& tier) {
+    if (size < 1 || size > RangeTrial::MAX_SIZE || max_code < 1 || max_code > 255 || !projections != !linear)
+        throw nb::value_error("try_range: bad arguments");
+    const auto in = [](std::uintptr_t address) { return reinterpret_cast<const float*>(address); };
+    const auto out = [](std::uintptr_t address) { return reinterpret_cast<float*>(address); };
+    const Tier& picked = tier_named(tier);
+    nb::gil_scoped_release release;
+    const RangeTrial trial{in(weights), in(grams), in(projections), in(scales), in(zeros), out(quadratic), out(linear),
+                           rows, size, static_cast<float>(max_code)};
+    const std::size_t work = static_cast<std::size_t>(groups) * size * size / 2 * rows;
+    parallel(groups, work, [&](int begin, int end) { picked.try_range(trial, begin, end); });
 }
 
 std::shared_ptr<Linear> make_a8(Codes codes, Floats2 scales, Codes zeros, std::optional<Floats1> bias,
@@ -289,6 +306,8 @@ NB_MODULE(_native, m) {
 
     m.def("round_block", &round_block, "work"_a, "couplings"_a, "pivots"_a, "scales"_a, "zeros"_a, "codes"_a, "moved"_a,
           "rows"_a, "stride"_a, "columns"_a, "max_code"_a, "revisit"_a, "tier"_a);
+    m.def("try_range", &try_range, "weights"_a, "grams"_a, "projections"_a, "scales"_a, "zeros"_a, "quadratic"_a, "linear"_a,
+          "groups"_a, "rows"_a, "size"_a, "max_code"_a, "tier"_a);
 
     bind_decoder(m);
 

@@ -29,19 +29,26 @@ struct A8Kernel {
         for (int g = 0; g < groups; ++g) {
             const float* from = x + g * size;
             std::int8_t* to = row + g * size;
-            float most = 0.0f;
-            for (int i = 0; i < size; ++i) {
-                const float magnitude = from[i] < 0 ? -from[i] : from[i];
-                most = magnitude > most ? magnitude : most;
+            F larger = S::set1(0.0f);
+            for (int i = 0; i < size; i += S::WIDTH) {
+                const F value = S::load(from + i);
+                larger = S::max(S::max(value, S::mul(value, S::set1(-1.0f))), larger);  // a NaN leaves it
             }
+            float lanes[S::WIDTH], most = 0.0f;
+            S::store(lanes, larger);
+            for (const float lane : lanes) most = lane > most ? lane : most;
             // Below 2^-120 the reciprocal is not finite; such a group is zero for every purpose.
             const float inverse = most > 0x1p-120f ? 127.0f / most : 0.0f;
             std::int32_t sum = 0;
-            for (int i = 0; i < size; ++i) {
-                const float rounded = (from[i] * inverse + 0x1.8p23f) - 0x1.8p23f;
-                const auto code = static_cast<std::int32_t>(rounded);
-                to[i] = static_cast<std::int8_t>(code);
-                sum += code;
+            for (int i = 0; i < size; i += A8_INPUTS) {
+                // With 1.5 · 2^23 added the last bits of a float are the nearest integer, in two's complement.
+                float rounded[A8_INPUTS];
+                for (int j = 0; j < A8_INPUTS; j += S::WIDTH)
+                    S::store(rounded + j, S::add(S::mul(S::load(from + i + j), S::set1(inverse)), S::set1(0x1.8p23f)));
+                std::int32_t codes[A8_INPUTS];
+                std::memcpy(codes, rounded, sizeof codes);
+                for (int j = 0; j < A8_INPUTS; ++j) to[i + j] = static_cast<std::int8_t>(codes[j] & 255);
+                for (int j = 0; j < A8_INPUTS; ++j) sum += codes[j] - 0x4B400000;
             }
             const float scale = most / 127.0f;
             std::memcpy(ends + 8 * g, &scale, sizeof scale);

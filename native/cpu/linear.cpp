@@ -1,12 +1,11 @@
 #include "linear.hpp"
 
 #include <algorithm>
-#include <cstdlib>
 #include <cstring>
-#include <new>
 #include <stdexcept>
 
 #include "dtypes.hpp"
+#include "memory.hpp"
 #include "parallel.hpp"
 
 namespace halfbyte {
@@ -17,8 +16,6 @@ void Linear::add_bias(const std::vector<float>& bias, int m, float* y, std::size
     for (int row = 0; row < m; ++row)
         for (int n = first; n < last; ++n) y[row * y_stride + n] += bias[n];
 }
-
-void A8Linear::Free::operator()(void* memory) const { std::free(memory); }
 
 namespace {
 
@@ -51,8 +48,7 @@ A8Linear::A8Linear(const Tier& tier, const std::uint8_t* codes, const float* sca
     const std::size_t word_bytes = blocks * block_words * sizeof(std::uint32_t);
     const std::size_t meta_bytes = round_up(static_cast<std::size_t>(blocks) * groups * A8_META, LINE);
     nbytes_ = word_bytes + meta_bytes;
-    memory_.reset(static_cast<std::uint8_t*>(std::aligned_alloc(LINE, nbytes_)));
-    if (!memory_) throw std::bad_alloc();
+    memory_ = weight_memory(nbytes_);
     auto* words = reinterpret_cast<std::uint32_t*>(memory_.get());
     std::uint8_t* meta = memory_.get() + word_bytes;
     view_ = {words, meta, bits, blocks, octets, groups, octets / groups};

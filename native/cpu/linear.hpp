@@ -47,13 +47,10 @@ class A8Linear : public Linear {
     void multiply(const void* prepared, int m, float* y, std::size_t y_stride, int begin, int end) const override;
 
    private:
-    struct Free {
-        void operator()(void* memory) const;
-    };
     const Tier& tier_;
     int groups_;
     std::size_t nbytes_;
-    std::unique_ptr<std::uint8_t, Free> memory_;  // words, then meta
+    std::shared_ptr<std::uint8_t> memory_;  // words, then meta
     std::vector<float> bias_;
     A8View view_{};
 };

@@ -3,8 +3,10 @@
 #include <algorithm>
 #include <atomic>
 #include <chrono>
+#include <cstring>
 #include <vector>
 
+#include "memory.hpp"
 #include "thread_pool.hpp"
 
 namespace halfbyte {
@@ -22,18 +24,20 @@ double seconds_of(const std::function<void()>& fn) {
 double measure_read_bandwidth(const Tier& tier, std::size_t nbytes, int repeats) {
     constexpr std::size_t CHUNK = 64 * 1024;
     const auto chunks = static_cast<int>(std::max<std::size_t>(1, nbytes / CHUNK));
-    const std::vector<float> buffer(chunks * CHUNK / sizeof(float), 1.0f);
+    const std::size_t size = chunks * CHUNK;
+    const auto buffer = weight_memory(size);  // as weights lie
+    std::memset(buffer.get(), 1, size);
     std::atomic<int> sink{0};
     double best = 1e30;
     for (int i = 0; i <= repeats; ++i) {
         const double seconds = seconds_of([&] {
             ThreadPool::instance().run(chunks, [&](int chunk) {
-                if (tier.read(buffer.data() + chunk * (CHUNK / sizeof(float)), CHUNK) < 0.0f) sink.fetch_add(1);
+                if (tier.read(buffer.get() + chunk * CHUNK, CHUNK) < 0.0f) sink.fetch_add(1);
             });
         });
         if (i > 0) best = std::min(best, seconds);  // the first pass only warms the caches
     }
-    return static_cast<double>(buffer.size() * sizeof(float)) / best;
+    return static_cast<double>(size) / best;
 }
 
 double measure_peak_flops(const Tier& tier) {

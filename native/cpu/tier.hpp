@@ -5,13 +5,14 @@
 #include "attention_kernel.hpp"
 #include "half_kernel.hpp"
 #include "math_kernel.hpp"
+#include "range_kernel.hpp"
 #include "rounding_kernel.hpp"
 #include "w4_kernel.hpp"
 
 namespace halfbyte {
 namespace {
 
-// The products for both widths of codes, the one with 16-bit weights, rounding, and the rooflines.
+// The products for both widths of codes, the one with 16-bit weights, ranges, rounding, and the rooflines.
 template <class S>
 struct TierOf {
     using F = typename S::F;
@@ -58,6 +59,7 @@ struct TierOf {
                 AttentionKernel<S>::attend,
                 MathKernel<S>::math(),
                 RoundingKernel<S>::round_block,
+                RangeKernel<S>::try_range,
                 read,
                 fma};
     }

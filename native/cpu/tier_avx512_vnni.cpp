@@ -31,6 +31,9 @@ struct Avx512 : F16C {
     static F set1(float value) { return _mm512_set1_ps(value); }
     static F add(F a, F b) { return _mm512_add_ps(a, b); }
     static F mul(F a, F b) { return _mm512_mul_ps(a, b); }
+    static F div(F a, F b) { return _mm512_div_ps(a, b); }
+    static F min(F a, F b) { return _mm512_min_ps(a, b); }
+    static F max(F a, F b) { return _mm512_max_ps(a, b); }
     static F fma(F a, F b, F c) { return _mm512_fmadd_ps(a, b, c); }
     static I load_words(const std::uint32_t* p) { return _mm512_load_si512(p); }
 

@@ -20,6 +20,9 @@ struct Portable {
     static F set1(float value) { return F{value, value, value, value}; }
     static F add(F a, F b) { return a + b; }
     static F mul(F a, F b) { return a * b; }
+    static F div(F a, F b) { return a / b; }
+    static F min(F a, F b) { return a < b ? a : b; }
+    static F max(F a, F b) { return a > b ? a : b; }
     static F fma(F a, F b, F c) { return a * b + c; }
     static I load_words(const std::uint32_t* p) {
         I words;

@@ -1,12 +1,11 @@
 #include "w4_matrix.hpp"
 
 #include <algorithm>
-#include <cstdlib>
 #include <cstring>
-#include <new>
 #include <stdexcept>
 
 #include "dtypes.hpp"
+#include "memory.hpp"
 #include "parallel.hpp"
 
 namespace halfbyte {
@@ -70,8 +69,6 @@ std::size_t InputOrder::nbytes() const {
     return sizeof(int) * (group_ends.size() + columns.size()) + sizeof(float) * scales.size();
 }
 
-void W4Matrix::Free::operator()(void* memory) const { std::free(memory); }
-
 W4Matrix::W4Matrix(const Tier& tier, const W4Parts& parts) : tier_(tier), cols_(parts.cols), order_(parts) {
     const int blocks = (parts.rows + BLOCK_ROWS - 1) / BLOCK_ROWS, octets = order_.octets;
     const std::size_t block_rows = static_cast<std::size_t>(blocks) * BLOCK_ROWS;
@@ -80,8 +77,7 @@ W4Matrix::W4Matrix(const Tier& tier, const W4Parts& parts) : tier_(tier), cols_(
     const std::size_t kept_bytes = round_up(block_rows * parts.kept * sizeof(std::uint16_t), LINE);
     const std::size_t bias_bytes = parts.bias ? round_up(parts.rows * sizeof(float), LINE) : 0;
     nbytes_ = word_bytes + 2 * scale_bytes + kept_bytes + bias_bytes;
-    memory_.reset(static_cast<std::uint8_t*>(std::aligned_alloc(LINE, nbytes_)));
-    if (!memory_) throw std::bad_alloc();
+    memory_ = weight_memory(nbytes_);
     std::memset(memory_.get(), 0, nbytes_);
     words_ = reinterpret_cast<std::uint32_t*>(memory_.get());
     scales_ = reinterpret_cast<float*>(memory_.get() + word_bytes);

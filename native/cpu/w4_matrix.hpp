@@ -78,13 +78,10 @@ class W4Matrix {
     void multiply_large(const void* x, std::size_t x_stride, int m, DType dtype, const Output& out) const;
     const Product& product() const { return view_.bits == 4 ? tier_.nibbles : tier_.bytes; }
 
-    struct Free {
-        void operator()(void* memory) const;
-    };
     const Tier& tier_;
     int cols_;
     InputOrder order_;
-    std::unique_ptr<std::uint8_t, Free> memory_;  // words, scales, offsets, kept, bias, in this order
+    std::shared_ptr<std::uint8_t> memory_;  // words, scales, offsets, kept, bias, in this order
     std::size_t nbytes_;
     std::uint32_t* words_;
     float *scales_, *offsets_, *bias_ = nullptr;

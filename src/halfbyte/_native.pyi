@@ -29,6 +29,20 @@ def round_block(
     revisit: bool,
     tier: str,
 ) -> None: ...
+def try_range(
+    weights: int,
+    grams: int,
+    projections: int,
+    scales: int,
+    zeros: int,
+    quadratic: int,
+    linear: int,
+    groups: int,
+    rows: int,
+    size: int,
+    max_code: int,
+    tier: str,
+) -> None: ...
 
 class W4Matrix:
     def __init__(

@@ -48,9 +48,11 @@ def test_quantize_propagates_when_told_to(tiny_llama: Path, tmp_path: Path) -> N
 
 
 def test_quantize_prints_a_table(tiny_llama: Path, tmp_path: Path) -> None:
-    result = run("quantize", tiny_llama, "-o", tmp_path / "out", "--max-calib-samples", 2, "--max-calib-seq-len", 64)
+    small = ("--max-calib-samples", 2, "--max-calib-seq-len", 64)
+    result = run("quantize", tiny_llama, "-o", tmp_path / "out", "--keep-lm-head", *small)
     assert result.returncode == 0, result.stderr
     assert "q_proj" in result.stdout
+    assert "head" not in result.stdout
     assert "builtin: 2 blocks, 128 tokens" in result.stdout
 
 

@@ -44,6 +44,13 @@ inline __m512 _mm512_setr_ps(T... values) {
 }
 inline __m512 _mm512_add_ps(__m512 a, __m512 b) { return model_lanes<__m512>([&](int i) { return a.lane[i] + b.lane[i]; }); }
 inline __m512 _mm512_mul_ps(__m512 a, __m512 b) { return model_lanes<__m512>([&](int i) { return a.lane[i] * b.lane[i]; }); }
+inline __m512 _mm512_div_ps(__m512 a, __m512 b) { return model_lanes<__m512>([&](int i) { return a.lane[i] / b.lane[i]; }); }
+inline __m512 _mm512_min_ps(__m512 a, __m512 b) {
+    return model_lanes<__m512>([&](int i) { return a.lane[i] < b.lane[i] ? a.lane[i] : b.lane[i]; });
+}
+inline __m512 _mm512_max_ps(__m512 a, __m512 b) {
+    return model_lanes<__m512>([&](int i) { return a.lane[i] > b.lane[i] ? a.lane[i] : b.lane[i]; });
+}
 // One rounding.
 inline __m512 _mm512_fmadd_ps(__m512 a, __m512 b, __m512 c) {
     return model_lanes<__m512>([&](int i) { return std::fma(a.lane[i], b.lane[i], c.lane[i]); });

@@ -198,8 +198,55 @@ inline int check_decoder(const Tier& tier) {
     return failures;
 }
 
+// The error of a range, and the two forms of a refit.
+inline int check_range(const Tier& tier, int groups, int size, int rows, bool projected) {
+    int failures = 0;
+    const int all = groups * size * rows;
+    std::vector<float> weights(all), projections(all), grams(groups * size * size), scales(groups * rows),
+        zeros(groups * rows), quadratic(groups * rows, -7.0f), linear(groups * rows, -7.0f);
+    for (auto& w : weights) w = uniform();
+    for (auto& p : projections) p = uniform();
+    for (auto& s : scales) s = 0.2f + 0.1f * uniform();
+    for (auto& z : zeros) z = static_cast<float>(random_bits()() % 8);
+    for (int g = 0; g < groups; ++g)
+        for (int i = 0; i < size; ++i)
+            for (int j = 0; j <= i; ++j)
+                grams[(g * size + i) * size + j] = grams[(g * size + j) * size + i] = uniform();
+    const RangeTrial trial{weights.data(), grams.data(),     projected ? projections.data() : nullptr,
+                           scales.data(),  zeros.data(),     quadratic.data(),
+                           linear.data(),  std::size_t(rows), size,
+                           7.0f};
+    tier.try_range(trial, 0, 1);
+    tier.try_range(trial, 1, groups);
+    for (int g = 0; g < groups; ++g)
+        for (int r = 0; r < rows; ++r) {
+            const float scale = scales[g * rows + r], zero = zeros[g * rows + r];
+            std::vector<double> x(size);
+            double expected = 0.0, along = 0.0, most = 0.0;
+            for (int i = 0; i < size; ++i) {
+                const int at = (g * size + i) * rows + r;
+                const float code = std::min(std::max(std::nearbyint(weights[at] / scale), -zero), 7.0f - zero);
+                x[i] = projected ? code : static_cast<double>(scale) * code - weights[at];
+                along += code * projections[at];
+            }
+            for (int i = 0; i < size; ++i)
+                for (int j = 0; j < size; ++j) {
+                    expected += x[i] * grams[(g * size + i) * size + j] * x[j];
+                    most += std::fabs(x[i] * x[j]);
+                }
+            const int at = g * rows + r;
+            if (!(std::fabs(quadratic[at] - expected) <= 1e-5 * most + 1e-6) && ++failures)
+                std::printf("range %d %d: %g, not %g\n", size, r, quadratic[at], expected);
+            if (projected && !(std::fabs(linear[at] - along) <= 1e-4 * size) && ++failures)
+                std::printf("range %d %d: along %g, not %g\n", size, r, linear[at], along);
+        }
+    return failures;
+}
+
 inline int check_tier(const Tier& tier) {
     int failures = 0;
+    for (const bool projected : {false, true})
+        failures += check_range(tier, 2, 64, 37, projected) + check_range(tier, 3, 18, 32, projected);
     for (const int bits : {4, 6, 8}) {
         failures += check_a8(tier, 37, 64, 2, bits) + check_a8(tier, 48, 192, 3, bits);
         failures += check_a8(tier, 16, 128, 1, bits) + check_a8(tier, 83, 256, 2, bits);

@@ -22,6 +22,7 @@ def test_tier_on_modelled_intrinsics(tmp_path: Path) -> None:
         NATIVE / "half_multiply.cpp",
         NATIVE / "kv_cache.cpp",
         NATIVE / "linear.cpp",
+        NATIVE / "memory.cpp",
         NATIVE / "w4_matrix.cpp",
         NATIVE / "thread_pool.cpp",
     ]

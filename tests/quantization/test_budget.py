@@ -14,6 +14,7 @@ from halfbyte import QuantConfig
 from halfbyte.architectures.skeleton import find_decoder_blocks, text_tower
 from halfbyte.errors import ConfigError
 from halfbyte.quantization import pipeline
+from halfbyte.quantization import states as states_module
 from halfbyte.quantization.budget import PROCESS_BYTES, MemoryPlan, outputs_per_token, parse_bytes, plan_memory
 from halfbyte.quantization.capture import BATCH_TOKENS, Batch, _capture
 from halfbyte.quantization.states import States, is_saved
@@ -135,31 +136,38 @@ def test_spilling_changes_no_bit(tiny_llama: Path, tmp_path: Path, monkeypatch: 
 
 
 @pytest.mark.parametrize("spill", [False, True])
-def test_states_come_back_as_they_were_saved(spill: bool, tmp_path: Path) -> None:
+def test_states_come_back_as_they_were_saved(spill: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(states_module, "SAVE_EVERY", 2)
     cpu = torch.device("cpu")
 
     def fresh() -> States:
         return States(tmp_path, tmp_path / "out", cpu, spill=spill)
+
+    def move(states: States) -> tuple[torch.Tensor, Any]:
+        outputs = torch.randn(2, 1, 2, 3)
+        for batch, output in zip(states.batches, outputs, strict=True):
+            batch.hidden = output
+        saved = states.step_on()
+        states.forget_earlier()
+        return outputs, saved
 
     states = fresh()
     for number in range(2):
         start = torch.full((1, 2, 3), float(number))
         states.take(Batch(start, [{}]))
     assert torch.equal(states.batches[1].hidden, torch.full((1, 2, 3), 1.0))
-    outputs = torch.randn(2, 1, 2, 3)
-    for batch, output in zip(states.batches, outputs, strict=True):
-        batch.hidden = output
-    saved = states.save()
-    states.forget_earlier()
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["1-0.hidden", "1-1.hidden"]
+    assert move(states)[1] is None
+    outputs, saved = move(states)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["2-0.hidden", "2-1.hidden"]
+    assert move(states)[1] is None  # and those saved before are still there
     assert is_saved(tmp_path, saved)
 
     again = fresh()
     for _ in range(2):
         again.take(Batch(torch.zeros(1, 2, 3), [{}]), saved)
-    assert again.step == 1
+    assert again.step == 2
     assert torch.equal(torch.stack([batch.hidden for batch in again.batches]), outputs)
 
-    (tmp_path / "1-0.hidden").write_bytes(b"x")
+    (tmp_path / "2-0.hidden").write_bytes(b"x")
     assert not is_saved(tmp_path, saved)
     assert not is_saved(tmp_path, None)

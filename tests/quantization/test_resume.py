@@ -18,7 +18,7 @@ from halfbyte import QuantConfig
 from halfbyte.checkpoints import journal as journal_module
 from halfbyte.checkpoints.journal import Journal
 from halfbyte.errors import HalfbyteError, OutputError
-from halfbyte.quantization import identity, pipeline
+from halfbyte.quantization import identity, pipeline, states
 from halfbyte.quantization.budget import MemoryPlan
 from tests.conftest import TEXT, make_llama
 
@@ -93,9 +93,10 @@ def spilled(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.parametrize("propagate", [False, True])
-@pytest.mark.parametrize(("done", "spill"), [(1, False), (2, True), (3, False)])
+@pytest.mark.parametrize(("done", "every", "spill"), [(1, 1, False), (2, 2, True), (2, 4, False), (3, 2, False)])
 def test_a_resumed_run_ends_in_the_same_bits(
     done: int,
+    every: int,
     spill: bool,
     propagate: bool,
     model: Path,
@@ -105,6 +106,7 @@ def test_a_resumed_run_ends_in_the_same_bits(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     config = replace(QUICK, propagate=propagate)
+    monkeypatch.setattr(states, "SAVE_EVERY", every)
     if spill:
         spilled(monkeypatch)
     with killed_after(done, monkeypatch):
@@ -146,9 +148,11 @@ def test_a_state_lost_costs_time_and_nothing_else(
 ) -> None:
     """The hidden states are computed again through the blocks that are done; a damaged block is quantized again."""
     config = replace(QUICK, propagate=propagate)
+    monkeypatch.setattr(states, "SAVE_EVERY", 1)
     with killed_after(2, monkeypatch):
         halfbyte.quantize(model, tmp_path / "out", config, **SETTINGS)
     work = tmp_path / ".out.partial"
+    assert list((work / "states").iterdir())
     for state in (work / "states").iterdir():
         state.write_bytes(b"\0" * state.stat().st_size)
     block = work / "blocks" / "0.safetensors"

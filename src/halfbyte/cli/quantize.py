@@ -47,6 +47,14 @@ def command(
     skip: Annotated[
         list[str] | None, typer.Option("--skip", help="Part of a module name to leave in 16 bit; repeatable.")
     ] = None,
+    keep_lm_head: Annotated[
+        bool,
+        typer.Option(
+            "--keep-lm-head",
+            help="Leave the output head in 16 bit. It always is: AWQ has no layout for a quantized one. "
+            "To run it in fewer bits, see --head-bits of halfbyte eval.",
+        ),
+    ] = True,
     calibration: Annotated[
         str,
         typer.Option(

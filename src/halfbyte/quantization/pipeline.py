@@ -196,7 +196,7 @@ class _Job:
         states = 0
         if self.calibration is not None:
             hidden_size = self.skeleton.config.get_text_config().hidden_size
-            states = 2 * 4 * hidden_size * self.calibration.tokens
+            states = 3 * 4 * hidden_size * self.calibration.tokens
         return outside + round(2 * inside * bits / 16) + states
 
     @contextmanager
@@ -267,7 +267,7 @@ class _Job:
                 elif helpers is None or self.config.propagate:
                     sums = helpers.sums_by_batch if isinstance(helpers, RayWorkers) else sums_by_batch
                     outcome = self._task(block, index, states).run(sums)
-                    saved = states.save() if states.batches and index + 1 < total else None
+                    saved = states.step_on() if index + 1 < total else None
                     self._record(journal, index, outcome, saved)
                     del outcome  # before the next block needs the room
                     ticker.advance()
@@ -285,7 +285,8 @@ class _Job:
         total, done = len(self.blocks), len(journal.records)
         states = States(folder, journal.target, self.device, spill=self.plan.spill)
         contiguous = next(index for index in range(total + 1) if index not in journal.records)
-        saved = journal.records[contiguous - 1].get("states") if contiguous else None
+        records = (journal.records[index] for index in reversed(range(contiguous)))
+        saved = next((record["states"] for record in records if record.get("states")), None)
         if self.calibration is None or done == total:
             states.step = contiguous
             return states
