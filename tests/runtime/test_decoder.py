@@ -10,10 +10,12 @@ import pytest
 import torch
 
 import halfbyte
-from halfbyte import QuantConfig
+from halfbyte import QuantConfig, QuantizedTensor
 from halfbyte.architectures.records import FAMILIES
 from halfbyte.errors import ConfigError, UnsupportedError
+from halfbyte.quantization.grid import Grid
 from halfbyte.runtime.decoder import CACHE_TYPES, NativeDecoder
+from halfbyte.runtime.head import HEAD_GROUP, quantize_head
 
 BASE: dict[str, Any] = {
     "vocab_size": 320, "hidden_size": 96, "intermediate_size": 160, "num_hidden_layers": 4, "num_attention_heads": 6,
@@ -208,6 +210,22 @@ def test_whatever_a_checkpoint_holds_is_run(tmp_path: Path, keep: dict[str, Any]
     assert relative(decoder_of(tmp_path / "out", head_bits=16).logits(ids), reference.logits(ids)) < 3e-2
 
 
+def test_a_head_of_four_bits_is_searched_for_what_the_norm_weighs() -> None:
+    generator = torch.Generator().manual_seed(4)
+    weight = torch.randn(300, 96, generator=generator).bfloat16()
+    norm = (0.2 + 3 * torch.rand(96, generator=generator)).tolist()
+
+    def error(head: QuantizedTensor) -> float:
+        return float(((head.dequantize() - weight.float()) * torch.tensor(norm)).square().sum())
+
+    for bits in (8, 6):
+        nearest = Grid(bits, HEAD_GROUP, zero_point=True).quantize(weight)
+        assert torch.equal(quantize_head(weight, norm, bits).codes, nearest.codes)
+    searched, nearest = quantize_head(weight, norm, 4), Grid(4, HEAD_GROUP, zero_point=True).quantize(weight)
+    assert error(searched) < 0.9 * error(nearest)
+    assert error(searched) < error(quantize_head(weight, [1.0] * 96, 4))
+
+
 def test_bad_steps_are_refused_and_change_nothing(tmp_path: Path) -> None:
     decoder = decoder_of(write_model("llama", tmp_path))
     cache = decoder.new_cache(2, 16)
@@ -218,6 +236,7 @@ def test_bad_steps_are_refused_and_change_nothing(tmp_path: Path) -> None:
         ([[-1], []], "token_ids: expected ids in"),
         ([[], []], "at least one"),
         ([[1]], "each of 2 sequences"),
+        ([], "each of 2 sequences"),
     ]:
         with pytest.raises(ConfigError, match=says):
             decoder.step(cache, tokens)
@@ -225,8 +244,9 @@ def test_bad_steps_are_refused_and_change_nothing(tmp_path: Path) -> None:
         decoder.step(cache, [[1], []], logits="some")
     with pytest.raises(ConfigError, match="rollback"):
         cache.rollback(0, 3)
-    with pytest.raises(ConfigError, match="at least one sequence"):
-        decoder.new_cache(0, 16)
+    for sequences, capacity in ((0, 16), (1, 0), (-1, 16), (1, 1 << 40)):
+        with pytest.raises(ConfigError, match=f"cache: expected 1 to .* got {sequences} and {capacity}"):
+            decoder.new_cache(sequences, capacity)
     assert cache.lengths == [2, 0]
 
 

@@ -14,6 +14,8 @@ from halfbyte.runtime.engine import Session
 from halfbyte.runtime.rotation import Rotations
 
 CACHE_TYPES = ("fp16", "int8")
+# Positions and sequences of a cache at most; what the native core counts them in.
+CACHE_LIMIT = 1 << 24
 
 
 class DecoderCache:
@@ -134,12 +136,14 @@ class NativeDecoder:
         """An empty cache.
 
         Raises:
-            ConfigError: no sequence, or no room.
+            ConfigError: no sequence, no room, or more of either than `CACHE_LIMIT`.
         """
         from halfbyte import _native
 
-        if sequences < 1 or capacity < 1:
-            raise ConfigError(f"cache: expected at least one sequence and position, got {sequences} and {capacity}")
+        if not (1 <= sequences <= CACHE_LIMIT and 1 <= capacity <= CACHE_LIMIT):
+            raise ConfigError(
+                f"cache: expected 1 to {CACHE_LIMIT} sequences and positions, got {sequences} and {capacity}"
+            )
         record = self.record
         return DecoderCache(
             _native.KvCache(
