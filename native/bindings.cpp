@@ -182,8 +182,7 @@ void step(Decoder& decoder, KvCache& cache, Numbers ids, Numbers sequences, Numb
           MutableFloats2 logits) {
     const DecoderConfig& c = decoder.config();
     const std::size_t rows = ids.shape(0);
-    require(cache.layers() == decoder.layers() && cache.kv_heads() == c.kv_heads && cache.head_dim() == c.head_dim,
-            "cache: made for another model");
+    require(decoder.takes(cache), "cache: made for another model");
     require(rows >= 1 && rows < (std::size_t{1} << 24), "ids: must be at least one");
     require(sequences.shape(0) == rows && positions.shape(0) == rows, "sequences, positions: must be as many as ids");
     const int limit = std::min(cache.capacity(), decoder.rotation_positions());
@@ -241,9 +240,13 @@ void bind_decoder(nb::module_& m) {
         }, "qkv"_a, "output"_a, "gate_up"_a, "down"_a, "norms"_a, "window"_a, "rotation"_a);
 
     nb::class_<KvCache>(m, "KvCache", "Keys and values of some sequences.")
-        .def(nb::init<int, int, int, int, int>(), "layers"_a, "sequences"_a, "kv_heads"_a, "head_dim"_a, "capacity"_a)
+        .def("__init__", [](KvCache* self, const std::vector<int>& windows, int sequences, int kv_heads, int head_dim,
+                            int capacity, bool int8) {
+            new (self) KvCache(windows, sequences, kv_heads, head_dim, capacity, int8 ? CacheType::int8 : CacheType::fp16);
+        }, "windows"_a, "sequences"_a, "kv_heads"_a, "head_dim"_a, "capacity"_a, "int8"_a)
         .def_prop_ro("sequences", &KvCache::sequences)
         .def_prop_ro("capacity", &KvCache::capacity)
+        .def_prop_ro("rollback", &KvCache::rollback)
         .def_prop_ro("nbytes", &KvCache::nbytes);
 
     nb::class_<Decoder>(m, "Decoder", "A decoder-only transformer: one call a step.")

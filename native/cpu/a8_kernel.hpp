@@ -2,6 +2,7 @@
 //
 // The tier's type S provides, for vectors I of WIDTH 32-bit lanes (one lane an output row):
 //     dot32_nibbles<M, V>(words, x, acc): four octets of V vectors of rows times 32 inputs of M activation rows
+//     dot32_sixes<M, V>(words, x, acc):   the same with codes of six bits, six lines
 //     dot32_bytes<M, V>(words, x, acc):   the same with eight lines of bytes
 //     zero, load_zeros, minus_product, to_float: the ends of a group
 // M rows share the unpacking. Operations for 64 bytes of nibbles on avx2, M = 1: 2 loads, 6 to unpack, 4 multiply-adds of pairs,
@@ -59,8 +60,8 @@ struct A8Kernel {
     template <int BITS, int M, int V>
     __attribute__((noinline)) static void tile(const A8View& w, const std::int8_t* x, std::size_t stride, float* y,
                                                std::size_t y_stride, int vector) {
-        constexpr int LINES = BITS == 4 ? 1 : 2;
-        const std::size_t block_words = static_cast<std::size_t>(w.octets) * LINES * BLOCK_ROWS;
+        // Thirty-two inputs are as many lines as a code has bits.
+        const std::size_t block_words = a8_block_words(w);
         const std::uint32_t* words[V];
         const std::uint8_t* meta[V];
         for (int v = 0; v < V; ++v) {
@@ -84,7 +85,7 @@ struct A8Kernel {
             for (int octet = 0; octet < w.group_octets; octet += 4, k += A8_INPUTS) {
                 // The block after these, into L2: a block is about a page, too short for the hardware to catch up.
                 for (int v = 0; v < V; v += VECTORS)
-                    for (int line = 0; line < 4 * LINES; ++line)
+                    for (int line = 0; line < BITS; ++line)
                         __builtin_prefetch(words[v] + at + ahead + line * BLOCK_ROWS, 0, 2);
                 const std::uint32_t* from[V];
                 const std::int8_t* to[M];
@@ -92,9 +93,11 @@ struct A8Kernel {
                 for (int m = 0; m < M; ++m) to[m] = rows[m] + k;
                 if constexpr (BITS == 4)
                     S::template dot32_nibbles<M, V>(from, to, acc);
+                else if constexpr (BITS == 6)
+                    S::template dot32_sixes<M, V>(from, to, acc);
                 else
                     S::template dot32_bytes<M, V>(from, to, acc);
-                at += 4 * LINES * BLOCK_ROWS;
+                at += BITS * BLOCK_ROWS;
             }
             for (int v = 0; v < V; ++v) {
                 const std::uint8_t* m48 = meta[v] + static_cast<std::size_t>(g) * A8_META;
@@ -146,6 +149,8 @@ struct A8Kernel {
                          int begin, int end) {
         if (w.bits == 4)
             multiply_bits<4>(w, x, stride, m, y, y_stride, begin, end);
+        else if (w.bits == 6)
+            multiply_bits<6>(w, x, stride, m, y, y_stride, begin, end);
         else
             multiply_bits<8>(w, x, stride, m, y, y_stride, begin, end);
     }

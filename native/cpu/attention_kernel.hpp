@@ -1,9 +1,12 @@
 // One span of attention, see attention.hpp. Included by tier.hpp only.
 //
-// Scores: for each 16 positions and each d one load of keys per vector, widened from fp16, and one FMA a query: a chain over d
-// for each score. Values: one chain over the positions for each query and d. Operations: 2 · head_dim FMAs a query and
-// position, and 2 · head_dim conversions a position, shared by the queries.
+// Scores: for each 16 positions and each d one load of keys per vector, widened from fp16 or int8, and one FMA a query: a chain
+// over d for each score. Values: one chain over the positions for each query and d. Operations: 2 · head_dim FMAs a query and
+// position, and 2 · head_dim conversions a position, shared by the queries. The scales of int8 cost nothing beside them: a
+// position's key scale multiplies its score, its value scale the weight that its value gets.
 #pragma once
+
+#include <type_traits>
 
 #include "attention.hpp"
 #include "math_kernel.hpp"
@@ -40,30 +43,41 @@ struct AttentionKernel {
         return lanes[0];
     }
 
-    template <int Q>
-    static inline void scores(const AttentionSpan& a, const std::uint16_t* keys, float (*out)[SPAN], int at) {
+    // N: std::uint16_t for fp16, std::int8_t.
+    template <class N>
+    static constexpr bool IS_INT8 = std::is_same_v<N, std::int8_t>;
+    static F load(const std::uint16_t* p) { return S::load_f16(p); }
+    static F load(const std::int8_t* p) { return S::load_i8(p); }
+
+    // Of the sixteen positions from `at` on.
+    template <class N, int Q>
+    static inline void scores(const AttentionSpan& a, float (*out)[SPAN], int at) {
+        const N* keys = static_cast<const N*>(a.keys) + static_cast<std::size_t>(at) * a.head_dim;
         F acc[Q][VECTORS];
         for (int q = 0; q < Q; ++q)
             for (int v = 0; v < VECTORS; ++v) acc[q][v] = S::set1(0.0f);
         for (int d = 0; d < a.head_dim; ++d)
             for (int v = 0; v < VECTORS; ++v) {
-                const F key = S::load_f16(keys + static_cast<std::size_t>(d) * KEY_BLOCK + v * S::WIDTH);
+                const F key = load(keys + static_cast<std::size_t>(d) * KEY_BLOCK + v * S::WIDTH);
                 for (int q = 0; q < Q; ++q)
                     acc[q][v] = S::fma(S::set1(a.queries[q * a.query_stride + d]), key, acc[q][v]);
             }
-        for (int q = 0; q < Q; ++q)
-            for (int v = 0; v < VECTORS; ++v) S::store(out[q] + at + v * S::WIDTH, acc[q][v]);
+        for (int v = 0; v < VECTORS; ++v) {
+            const int to = at + v * S::WIDTH;
+            for (int q = 0; q < Q; ++q)
+                S::store(out[q] + to, IS_INT8<N> ? S::mul(acc[q][v], S::load(a.key_scales + to)) : acc[q][v]);
+        }
     }
 
-    template <int Q, int V>
+    template <class N, int Q, int V>
     static inline void values_at(const AttentionSpan& a, const float (*weights)[SPAN], int first, int last, int d) {
         F acc[Q][V];
         for (int q = 0; q < Q; ++q)
             for (int v = 0; v < V; ++v) acc[q][v] = S::set1(0.0f);
         for (int i = first; i < last; ++i) {
-            const std::uint16_t* row = a.values + (static_cast<std::size_t>(a.span) * SPAN + i) * a.head_dim + d;
+            const N* row = static_cast<const N*>(a.values) + static_cast<std::size_t>(i) * a.head_dim + d;
             F value[V];
-            for (int v = 0; v < V; ++v) value[v] = S::load_f16(row + v * S::WIDTH);
+            for (int v = 0; v < V; ++v) value[v] = load(row + v * S::WIDTH);
             for (int q = 0; q < Q; ++q) {
                 const F weight = S::set1(weights[q][i]);
                 for (int v = 0; v < V; ++v) acc[q][v] = S::fma(weight, value[v], acc[q][v]);
@@ -73,13 +87,11 @@ struct AttentionKernel {
             for (int v = 0; v < V; ++v) S::store(a.result + q * a.result_stride + 2 + d + v * S::WIDTH, acc[q][v]);
     }
 
-    template <int Q>
+    template <class N, int Q>
     __attribute__((noinline)) static void attend_queries(const AttentionSpan& a) {
         alignas(64) float weights[Q][SPAN];
-        const int first = a.begin - a.span * SPAN, last = a.end - a.span * SPAN;
-        const int begin = first / KEY_BLOCK * KEY_BLOCK;
-        for (int i = begin; i < last; i += KEY_BLOCK)
-            scores<Q>(a, a.keys + (static_cast<std::size_t>(a.span) * SPAN + i) * a.head_dim, weights, i);
+        const int first = a.begin, last = a.end;
+        for (int i = first / KEY_BLOCK * KEY_BLOCK; i < last; i += KEY_BLOCK) scores<N, Q>(a, weights, i);
         for (int q = 0; q < Q; ++q) {
             float* w = weights[q];
             if (a.softcap != 0.0f) MathKernel<S>::softcap(w + first, last - first, a.softcap);
@@ -87,20 +99,30 @@ struct AttentionKernel {
             for (int i = first; i < last; ++i) w[i] = exp_of(w[i] - most);
             a.result[q * a.result_stride] = most;
             a.result[q * a.result_stride + 1] = total(w + first, last - first);
+            if constexpr (IS_INT8<N>)
+                for (int i = first; i < last; ++i) w[i] *= a.value_scales[i];
         }
         int d = 0;
         for (; d + VALUE_VECTORS * S::WIDTH <= a.head_dim; d += VALUE_VECTORS * S::WIDTH)
-            values_at<Q, VALUE_VECTORS>(a, weights, first, last, d);
-        for (; d < a.head_dim; d += S::WIDTH) values_at<Q, 1>(a, weights, first, last, d);
+            values_at<N, Q, VALUE_VECTORS>(a, weights, first, last, d);
+        for (; d < a.head_dim; d += S::WIDTH) values_at<N, Q, 1>(a, weights, first, last, d);
+    }
+
+    template <class N>
+    static void attend_numbers(const AttentionSpan& a) {
+        switch (a.count) {
+            case 1: return attend_queries<N, 1>(a);
+            case 2: return attend_queries<N, 2>(a);
+            case 3: return attend_queries<N, 3>(a);
+            default: return attend_queries<N, 4>(a);
+        }
     }
 
     static void attend(const AttentionSpan& a) {
-        switch (a.count) {
-            case 1: return attend_queries<1>(a);
-            case 2: return attend_queries<2>(a);
-            case 3: return attend_queries<3>(a);
-            default: return attend_queries<4>(a);
-        }
+        if (a.type == CacheType::int8)
+            attend_numbers<std::int8_t>(a);
+        else
+            attend_numbers<std::uint16_t>(a);
     }
 };
 

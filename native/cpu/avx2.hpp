@@ -2,6 +2,8 @@
 // Internal linkage, like all of a tier's code. Include after the intrinsics.
 #pragma once
 
+#include <array>
+
 #include "f16c.hpp"
 #include "tier.hpp"
 
@@ -34,6 +36,9 @@ struct Avx2Vectors : F16C {
     static F load_f16(const std::uint16_t* p) {
         return _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
     }
+    static F load_i8(const std::int8_t* p) {
+        return _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(p))));
+    }
 
     static I zero() { return _mm256_setzero_si256(); }
     static F to_float(I words) { return _mm256_cvtepi32_ps(words); }
@@ -47,6 +52,17 @@ struct Avx2Vectors : F16C {
         std::int32_t word;
         std::memcpy(&word, x, sizeof word);
         return _mm256_set1_epi32(word);
+    }
+    // The codes of inputs 16·h .. 16·h + 15 out of six bits each, four inputs a vector.
+    static inline std::array<I, 4> sixes(const std::uint32_t* words, int h) {
+        const I mask = _mm256_set1_epi8(15), upper = _mm256_set1_epi8(0x30);
+        const I first = load_words(words + 2 * h * BLOCK_ROWS), second = load_words(words + (2 * h + 1) * BLOCK_ROWS);
+        const I bits = load_words(words + (4 + h) * BLOCK_ROWS);
+        const auto join = [&](I nibbles, I twos) {
+            return _mm256_or_si256(_mm256_and_si256(nibbles, mask), _mm256_and_si256(twos, upper));
+        };
+        return {join(first, _mm256_slli_epi32(bits, 4)), join(_mm256_srli_epi32(first, 4), _mm256_slli_epi32(bits, 2)),
+                join(second, bits), join(_mm256_srli_epi32(second, 4), _mm256_srli_epi32(bits, 2))};
     }
 
     static constexpr const float (&NIBBLE_SCALE)[OCTET] = IN_PLACE_NIBBLE;

@@ -1,12 +1,9 @@
 #include "decoder.hpp"
 
-#include <sys/mman.h>
-
 #include <algorithm>
 #include <cmath>
 #include <cstring>
 #include <limits>
-#include <new>
 #include <stdexcept>
 #include <string>
 
@@ -34,22 +31,6 @@ int total_rows(const std::vector<std::shared_ptr<const Linear>>& parts) {
 }
 
 }  // namespace
-
-KvCache::KvCache(int layers, int sequences, int kv_heads, int head_dim, int capacity)
-    : layers_(layers), sequences_(sequences), kv_heads_(kv_heads), head_dim_(head_dim) {
-    require(layers > 0 && sequences > 0 && kv_heads > 0 && head_dim > 0 && capacity > 0, "cache: sizes must be positive");
-    capacity_ = static_cast<int>(round_up(capacity, KEY_BLOCK));
-    stride_ = static_cast<std::size_t>(capacity_) * head_dim;
-    void* memory = mmap(nullptr, nbytes(), PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
-    if (memory == MAP_FAILED) throw std::bad_alloc();
-    data_ = static_cast<std::uint16_t*>(memory);
-}
-
-KvCache::~KvCache() { munmap(data_, nbytes()); }
-
-std::size_t KvCache::nbytes() const {
-    return static_cast<std::size_t>(layers_) * sequences_ * kv_heads_ * 2 * stride_ * sizeof(std::uint16_t);
-}
 
 Decoder::Projection::Projection(const std::vector<std::shared_ptr<const Linear>>& linears) {
     require(!linears.empty() && linears.size() <= PARTS, "a projection has one to three parts");
@@ -156,6 +137,13 @@ std::size_t Decoder::nbytes() const {
         for (const auto& part : layer.gate_up) total += part->nbytes();
     }
     return total;
+}
+
+bool Decoder::takes(const KvCache& cache) const {
+    if (cache.layers() != layers() || cache.kv_heads() != config_.kv_heads || cache.head_dim() != config_.head_dim) return false;
+    for (int index = 0; index < layers(); ++index)
+        if (!cache.holds(index, layers_[index].window)) return false;
+    return true;
 }
 
 void Decoder::step(KvCache& cache, const DecoderStep& step) {
@@ -361,16 +349,24 @@ void Decoder::place_keys(Team& team, Work& work, int index) const {
             }
             float *key = q + q_rows + kv_head * c.head_dim, *value = q + q_rows + kv_rows + kv_head * c.head_dim;
             turn(key, layer.k_norm);
-            const int sequence = work.sequence(row), lane = position % KEY_BLOCK;
-            tier_.math.store_key(key, c.head_dim,
-                                 work.cache.keys(index, sequence, kv_head) +
-                                     static_cast<std::size_t>(position - lane) * c.head_dim,
-                                 lane);
-            tier_.math.store_value(value, c.head_dim,
-                                   work.cache.values(index, sequence, kv_head) +
-                                       static_cast<std::size_t>(position) * c.head_dim);
+            store(work.cache, index, work.sequence(row), kv_head, position, key, value);
         }
     });
+}
+
+// One head of a key and of a value, at their position.
+void Decoder::store(KvCache& cache, int index, int sequence, int kv_head, int position, const float* key,
+                    const float* value) const {
+    const int slot = position % cache.slots(index), lane = slot % KEY_BLOCK, head_dim = config_.head_dim;
+    const std::size_t block = static_cast<std::size_t>(slot - lane) * head_dim, row = static_cast<std::size_t>(slot) * head_dim;
+    const KvHead to = cache.head(index, sequence, kv_head);
+    if (cache.type() == CacheType::int8) {
+        to.key_scales[slot] = tier_.math.store_key_int8(key, head_dim, reinterpret_cast<std::int8_t*>(to.keys) + block, lane);
+        to.value_scales[slot] = tier_.math.store_value_int8(value, head_dim, reinterpret_cast<std::int8_t*>(to.values) + row);
+    } else {
+        tier_.math.store_key(key, head_dim, reinterpret_cast<std::uint16_t*>(to.keys) + block, lane);
+        tier_.math.store_value(value, head_dim, reinterpret_cast<std::uint16_t*>(to.values) + row);
+    }
 }
 
 namespace {
@@ -396,11 +392,13 @@ void Decoder::attend(Team& team, Work& work, int index) const {
             const int to = std::min(position + 1, (span + 1) * SPAN);
             if (from >= to) continue;
             const int head = kv_head * group + piece * QUERIES, count = std::min(QUERIES, group - piece * QUERIES);
-            const int sequence = work.sequence(row);
+            const KvHead at = work.cache.head(index, work.sequence(row), kv_head);
+            const std::size_t slot = static_cast<std::size_t>(span) * SPAN % work.cache.slots(index);
+            const std::size_t bytes = slot * c.head_dim * work.cache.number_bytes();
             tier_.attend({work.qkv + row * work.qkv_stride + static_cast<std::size_t>(head) * c.head_dim,
-                          static_cast<std::size_t>(c.head_dim), count, c.head_dim,
-                          work.cache.keys(index, sequence, kv_head), work.cache.values(index, sequence, kv_head), span, from,
-                          to, c.attention_softcap,
+                          static_cast<std::size_t>(c.head_dim), count, c.head_dim, work.cache.type(), at.keys + bytes,
+                          at.values + bytes, at.key_scales + slot, at.value_scales + slot, from - span * SPAN,
+                          to - span * SPAN, c.attention_softcap,
                           work.results + (static_cast<std::size_t>(row) * spans_of_row + head * work.most_spans + span) *
                                              work.result_stride,
                           work.most_spans * work.result_stride});

@@ -20,6 +20,7 @@
 #include <memory>
 #include <vector>
 
+#include "kv_cache.hpp"
 #include "linear.hpp"
 #include "team.hpp"
 
@@ -49,32 +50,6 @@ struct DecoderLayer {
     int rotation = 0;  // which table
 };
 
-// Keys and values of some sequences, fp16 (attention.hpp). Untouched pages cost nothing.
-class KvCache {
-   public:
-    KvCache(int layers, int sequences, int kv_heads, int head_dim, int capacity);
-    ~KvCache();
-    KvCache(const KvCache&) = delete;
-    KvCache& operator=(const KvCache&) = delete;
-
-    int layers() const { return layers_; }
-    int sequences() const { return sequences_; }
-    int capacity() const { return capacity_; }
-    int kv_heads() const { return kv_heads_; }
-    int head_dim() const { return head_dim_; }
-    std::size_t nbytes() const;
-    std::uint16_t* keys(int layer, int sequence, int head) const { return place(layer, sequence, head); }
-    std::uint16_t* values(int layer, int sequence, int head) const { return place(layer, sequence, head) + stride_; }
-
-   private:
-    std::uint16_t* place(int layer, int sequence, int head) const {
-        return data_ + ((static_cast<std::size_t>(layer) * sequences_ + sequence) * kv_heads_ + head) * 2 * stride_;
-    }
-    int layers_, sequences_, kv_heads_, head_dim_, capacity_;
-    std::size_t stride_;  // numbers in the keys, and in the values, of one head
-    std::uint16_t* data_;
-};
-
 // What one step is to do: a row is one token.
 struct DecoderStep {
     const std::int32_t* ids;        // [rows], below the vocabulary
@@ -89,7 +64,7 @@ struct DecoderStep {
 class Decoder {
    public:
     // Rows that go through the layers together.
-    static constexpr int CHUNK_ROWS = 256;
+    static constexpr int CHUNK_ROWS = SLACK;
 
     // Throws std::invalid_argument when shapes contradict each other.
     Decoder(const Tier& tier, const DecoderConfig& config, std::vector<DecoderLayer> layers, std::vector<float> final_norm,
@@ -103,6 +78,8 @@ class Decoder {
 
     const DecoderConfig& config() const { return config_; }
     int layers() const { return static_cast<int>(layers_.size()); }
+    // Whether a cache was made for a model of this shape.
+    bool takes(const KvCache& cache) const;
     std::size_t nbytes() const;  // of weights a step reads
 
    private:
@@ -130,6 +107,7 @@ class Decoder {
     void run(Team& team, int id, Work& work) const;
     void run_layer(Team& team, int id, Work& work, int index) const;
     void place_keys(Team& team, Work& work, int index) const;
+    void store(KvCache& cache, int index, int sequence, int kv_head, int position, const float* key, const float* value) const;
     void attend(Team& team, Work& work, int index) const;
     void gather_head(const Work& work, int index, int row, int head, float* out) const;
     void run_head(Team& team, int id, Work& work) const;

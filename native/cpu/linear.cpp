@@ -17,14 +17,35 @@ void Linear::add_bias(const std::vector<float>& bias, int m, float* y, std::size
         for (int n = first; n < last; ++n) y[row * y_stride + n] += bias[n];
 }
 
+namespace {
+
+// Thirty-two codes of one row → its word in each of `bits` lines (w4.hpp, a8.hpp).
+void pack32(const std::uint8_t* codes, int bits, std::uint32_t* target) {
+    std::uint32_t lines[8] = {};
+    for (int i = 0; i < A8_INPUTS; ++i) {
+        const int octet = i / OCTET, half = i % OCTET / 4, byte = 8 * (i % 4);
+        const std::uint32_t code = codes[i];
+        if (bits == 8) {
+            lines[2 * octet + half] |= code << byte;
+        } else {
+            lines[octet] |= (code & 15u) << (byte + 4 * half);
+            if (bits == 6) lines[4 + octet / 2] |= code >> 4 << (byte + 4 * (octet % 2) + 2 * half);
+        }
+    }
+    for (int line = 0; line < bits; ++line) target[static_cast<std::size_t>(line) * BLOCK_ROWS] = lines[line];
+}
+
+}  // namespace
+
 A8Linear::A8Linear(const Tier& tier, const std::uint8_t* codes, const float* scales, const std::uint8_t* zeros,
                    const float* bias, int rows, int cols, int groups, int bits)
     : Linear(rows, cols), tier_(tier), groups_(groups) {
     if (rows < 1 || cols < 1 || groups < 1 || cols % groups != 0 || cols / groups % A8_INPUTS != 0)
         throw std::invalid_argument("a8: groups must be multiples of 32 inputs");
-    if (bits != 4 && bits != 8) throw std::invalid_argument("a8: bits must be 4 or 8");
-    const int lines = OCTET * bits / 32, per_line = OCTET / lines, octets = cols / OCTET, blocks = this->blocks();
-    const std::size_t word_bytes = static_cast<std::size_t>(blocks) * octets * lines * BLOCK_ROWS * sizeof(std::uint32_t);
+    if (bits != 4 && bits != 6 && bits != 8) throw std::invalid_argument("a8: bits must be 4, 6 or 8");
+    const int octets = cols / OCTET, blocks = this->blocks();
+    const std::size_t block_words = static_cast<std::size_t>(cols) / A8_INPUTS * bits * BLOCK_ROWS;
+    const std::size_t word_bytes = blocks * block_words * sizeof(std::uint32_t);
     const std::size_t meta_bytes = round_up(static_cast<std::size_t>(blocks) * groups * A8_META, LINE);
     nbytes_ = word_bytes + meta_bytes;
     memory_ = weight_memory(nbytes_);
@@ -32,20 +53,14 @@ A8Linear::A8Linear(const Tier& tier, const std::uint8_t* codes, const float* sca
     std::uint8_t* meta = memory_.get() + word_bytes;
     view_ = {words, meta, bits, blocks, octets, groups, octets / groups};
     if (bias != nullptr) bias_.assign(bias, bias + rows);
+    static constexpr std::uint8_t nothing[A8_INPUTS] = {};  // rows beyond the matrix
     parallel(blocks, static_cast<std::size_t>(rows) * cols, [&](int begin, int end) {
         for (int row = begin * BLOCK_ROWS; row < end * BLOCK_ROWS; ++row) {
             const std::size_t block = row / BLOCK_ROWS, lane = row % BLOCK_ROWS;
             const bool real = row < rows;
             const std::uint8_t* source = codes + static_cast<std::size_t>(row) * cols;
-            std::uint32_t* target = words + block * octets * lines * BLOCK_ROWS + lane;
-            for (int line = 0; line < octets * lines; ++line) {
-                std::uint32_t word = 0;
-                for (int n = 0; real && n < per_line; ++n) {
-                    const int input = bits == 4 ? NIBBLE_INPUT[n] : n;
-                    word |= static_cast<std::uint32_t>(source[line * per_line + input]) << (bits * n);
-                }
-                target[static_cast<std::size_t>(line) * BLOCK_ROWS] = word;
-            }
+            for (int k = 0; k < cols; k += A8_INPUTS)
+                pack32(real ? source + k : nothing, bits, words + block * block_words + k / A8_INPUTS * bits * BLOCK_ROWS + lane);
             for (int g = 0; g < groups; ++g) {
                 std::uint8_t* at = meta + (block * groups + g) * A8_META;
                 const std::size_t from = static_cast<std::size_t>(row) * groups + g;
@@ -71,7 +86,7 @@ void A8Linear::multiply(const void* prepared, int m, float* y, std::size_t y_str
         for (int row = 0; row < m; ++row) {
             alignas(64) float values[BLOCK_ROWS];
             A8View last = view_;  // the last block alone, so that it is written to the start of `values`
-            last.words += static_cast<std::size_t>(whole) * view_.octets * (OCTET * view_.bits / 32) * BLOCK_ROWS;
+            last.words += whole * a8_block_words(view_);
             last.meta += static_cast<std::size_t>(whole) * view_.groups * A8_META;
             tier_.a8.multiply(last, x + row * stride, stride, 1, values, 0, 0, 1);
             std::memcpy(y + row * y_stride + static_cast<std::size_t>(whole) * BLOCK_ROWS, values, sizeof(float) * left);

@@ -85,8 +85,32 @@ struct MathKernel {
 
     static void store_value(const float* value, int head_dim, std::uint16_t* row) { S::narrow_f16(value, row, head_dim); }
 
+    // Code i goes to codes[i · stride]; returns the scale.
+    static float store_int8(const float* x, int n, std::int8_t* codes, int stride) {
+        float most = 0.0f;
+        for (int i = 0; i < n; ++i) {
+            const float magnitude = x[i] < 0 ? -x[i] : x[i];
+            most = magnitude > most ? magnitude : most;
+        }
+        // Below 2^-120 the reciprocal is not finite; such numbers are zero for every purpose.
+        const float inverse = most > 0x1p-120f ? 127.0f / most : 0.0f;
+        for (int i = 0; i < n; ++i) {
+            const float rounded = (x[i] * inverse + 0x1.8p23f) - 0x1.8p23f;
+            codes[static_cast<std::size_t>(i) * stride] = static_cast<std::int8_t>(static_cast<std::int32_t>(rounded));
+        }
+        return most / 127.0f;
+    }
+
+    static float store_key_int8(const float* key, int head_dim, std::int8_t* block, int lane) {
+        return store_int8(key, head_dim, block + lane, KEY_BLOCK);
+    }
+
+    static float store_value_int8(const float* value, int head_dim, std::int8_t* row) {
+        return store_int8(value, head_dim, row, 1);
+    }
+
     static constexpr DecoderMath math() {
-        return {rms_norm, gated, rotate, softcap, store_key, store_value};
+        return {rms_norm, gated, rotate, softcap, store_key, store_value, store_key_int8, store_value_int8};
     }
 };
 

@@ -35,6 +35,29 @@ struct Avx2 : Avx2Vectors {
         }
         add_pairs(pairs, 1, acc);
     }
+    // Two products of pairs fit 16 bits: 2 · 63 · 127 · 2 < 2^15.
+    template <int M, int V>
+    static inline void dot32_sixes(const std::uint32_t* const (&words)[V], const std::int8_t* const (&x)[M],
+                                   I (&acc)[M][V]) {
+        for (int h = 0; h < 2; ++h) {
+            I codes[4][V];
+            for (int v = 0; v < V; ++v) {
+                const auto parts = sixes(words[v], h);
+                for (int part = 0; part < 4; ++part) codes[part][v] = parts[part];
+            }
+            for (int octet = 0; octet < 2; ++octet) {
+                I pairs[M][V];
+                for (int m = 0; m < M; ++m) {
+                    const std::int8_t* inputs = x[m] + (2 * h + octet) * OCTET;
+                    const I x_low = broadcast4(inputs), x_high = broadcast4(inputs + 4);
+                    for (int v = 0; v < V; ++v)
+                        pairs[m][v] = _mm256_add_epi16(_mm256_maddubs_epi16(codes[2 * octet][v], x_low),
+                                                       _mm256_maddubs_epi16(codes[2 * octet + 1][v], x_high));
+                }
+                add_pairs(pairs, 1, acc);
+            }
+        }
+    }
     // A byte is two nibbles: one would overflow 16 bits.
     template <int M, int V>
     static inline void dot32_bytes(const std::uint32_t* const (&words)[V], const std::int8_t* const (&x)[M],

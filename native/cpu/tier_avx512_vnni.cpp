@@ -44,6 +44,9 @@ struct Avx512 : F16C {
     static F load_f16(const std::uint16_t* p) {
         return _mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
     }
+    static F load_i8(const std::int8_t* p) {
+        return _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p))));
+    }
 
     static constexpr int A8_VECTORS_1 = 4, A8_VECTORS_2 = 4, A8_VECTORS_4 = 2, A8_BLOCKS = 4;
     static I zero() { return _mm512_setzero_si512(); }
@@ -75,6 +78,30 @@ struct Avx512 : F16C {
                 for (int v = 0; v < V; ++v)
                     acc[m][v] = _mm512_dpbusd_epi32(_mm512_dpbusd_epi32(acc[m][v], low[v], x_low), high[v], x_high);
             }
+        }
+    }
+    template <int M, int V>
+    static inline void dot32_sixes(const std::uint32_t* const (&words)[V], const std::int8_t* const (&x)[M],
+                                   I (&acc)[M][V]) {
+        const I mask = _mm512_set1_epi32(0x0F0F0F0F), upper = _mm512_set1_epi32(0x30303030);
+        for (int h = 0; h < 2; ++h) {
+            I codes[4][V];  // of four inputs each
+            for (int v = 0; v < V; ++v) {
+                const I first = load_words(words[v] + 2 * h * BLOCK_ROWS), second = load_words(words[v] + (2 * h + 1) * BLOCK_ROWS);
+                const I bits = load_words(words[v] + (4 + h) * BLOCK_ROWS);
+                const auto join = [&](I nibbles, I twos) {
+                    return _mm512_or_si512(_mm512_and_si512(nibbles, mask), _mm512_and_si512(twos, upper));
+                };
+                codes[0][v] = join(first, _mm512_slli_epi32(bits, 4));
+                codes[1][v] = join(_mm512_srli_epi32(first, 4), _mm512_slli_epi32(bits, 2));
+                codes[2][v] = join(second, bits);
+                codes[3][v] = join(_mm512_srli_epi32(second, 4), _mm512_srli_epi32(bits, 2));
+            }
+            for (int m = 0; m < M; ++m)
+                for (int part = 0; part < 4; ++part) {
+                    const I inputs = broadcast4(x[m] + 16 * h + 4 * part);
+                    for (int v = 0; v < V; ++v) acc[m][v] = _mm512_dpbusd_epi32(acc[m][v], codes[part][v], inputs);
+                }
         }
     }
     template <int M, int V>

@@ -35,6 +35,17 @@ struct AvxVnni : Avx2Vectors {
         }
     }
     template <int M, int V>
+    static inline void dot32_sixes(const std::uint32_t* const (&words)[V], const std::int8_t* const (&x)[M],
+                                   I (&acc)[M][V]) {
+        for (int h = 0; h < 2; ++h)
+            for (int v = 0; v < V; ++v) {
+                const auto codes = sixes(words[v], h);
+                for (int m = 0; m < M; ++m)
+                    for (int part = 0; part < 4; ++part)
+                        acc[m][v] = _mm256_dpbusd_avx_epi32(acc[m][v], codes[part], broadcast4(x[m] + 16 * h + 4 * part));
+            }
+    }
+    template <int M, int V>
     static inline void dot32_bytes(const std::uint32_t* const (&words)[V], const std::int8_t* const (&x)[M],
                                    I (&acc)[M][V]) {
         for (int line = 0; line < 8; ++line)

@@ -41,6 +41,11 @@ struct Neon {
         asm("fcvtl %0.4s, %1.4h" : "=w"(f) : "w"(vld1_u16(p)));
         return f;
     }
+    static F load_i8(const std::int8_t* p) {
+        std::uint32_t word;
+        std::memcpy(&word, p, sizeof word);
+        return vcvtq_f32_s32(vmovl_s16(vget_low_s16(vmovl_s8(vreinterpret_s8_u32(vdup_n_u32(word))))));
+    }
     static void widen_f16(const std::uint16_t* source, float* target, int count) {
         for (; count >= 4; count -= 4, source += 4, target += 4) store(target, load_f16(source));
         if (count == 0) return;
@@ -101,6 +106,29 @@ struct Neon {
             int8x16_t inputs[M];
             for (int m = 0; m < M; ++m) inputs[m] = vld1q_s8(x[m] + half * 16);
             dot16_nibbles<M, V>(words, half * 2, inputs, acc);
+        }
+    }
+    // Six bits fit a signed byte.
+    template <int M, int V>
+    static inline void dot32_sixes(const std::uint32_t* const (&words)[V], const std::int8_t* const (&x)[M],
+                                   I (&acc)[M][V]) {
+        const uint8x16_t mask = vdupq_n_u8(15), upper = vdupq_n_u8(0x30);
+        for (int half = 0; half < 2; ++half) {
+            int8x16_t inputs[M];
+            for (int m = 0; m < M; ++m) inputs[m] = vld1q_s8(x[m] + half * 16);
+            for (int v = 0; v < V; ++v) {
+                const auto line = [&](int at) { return vreinterpretq_u8_s32(load_words(words[v] + at * BLOCK_ROWS)); };
+                const uint8x16_t first = line(2 * half), second = line(2 * half + 1), bits = line(4 + half);
+                const auto join = [&](uint8x16_t nibbles, uint8x16_t twos) {
+                    return vreinterpretq_s8_u8(vorrq_u8(vandq_u8(nibbles, mask), vandq_u8(twos, upper)));
+                };
+                const int8x16_t codes[4] = {join(first, vshlq_n_u8(bits, 4)), join(vshrq_n_u8(first, 4), vshlq_n_u8(bits, 2)),
+                                            join(second, bits), join(vshrq_n_u8(second, 4), vshrq_n_u8(bits, 2))};
+                for (int m = 0; m < M; ++m) {
+                    acc[m][v] = dot<1>(dot<0>(acc[m][v], codes[0], inputs[m]), codes[1], inputs[m]);
+                    acc[m][v] = dot<3>(dot<2>(acc[m][v], codes[2], inputs[m]), codes[3], inputs[m]);
+                }
+            }
         }
     }
     // A byte with its top bit turned over is the code less 128, with a sign: 128 · Σq makes up for it, the same in every row.

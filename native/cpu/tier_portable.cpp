@@ -33,6 +33,7 @@ struct Portable {
         return F{from_bf16(p[0]), from_bf16(p[1]), from_bf16(p[2]), from_bf16(p[3])};
     }
     static F load_f16(const std::uint16_t* p) { return F{from_f16(p[0]), from_f16(p[1]), from_f16(p[2]), from_f16(p[3])}; }
+    static F load_i8(const std::int8_t* p) { return to_float(I{p[0], p[1], p[2], p[3]}); }
     static void widen_f16(const std::uint16_t* source, float* target, int count) {
         for (int i = 0; i < count; ++i) target[i] = from_f16(source[i]);
     }
@@ -53,6 +54,21 @@ struct Portable {
                 const I line = load_words(words[v] + octet * BLOCK_ROWS);
                 for (int i = 0; i < 4; ++i) {
                     const I low = (line >> (8 * i)) & 15, high = (line >> (8 * i + 4)) & 15;
+                    for (int m = 0; m < M; ++m)
+                        acc[m][v] += low * x[m][octet * OCTET + i] + high * x[m][octet * OCTET + 4 + i];
+                }
+            }
+    }
+    template <int M, int V>
+    static inline void dot32_sixes(const std::uint32_t* const (&words)[V], const std::int8_t* const (&x)[M],
+                                   I (&acc)[M][V]) {
+        for (int octet = 0; octet < 4; ++octet)
+            for (int v = 0; v < V; ++v) {
+                const I line = load_words(words[v] + octet * BLOCK_ROWS);
+                const I bits = load_words(words[v] + (4 + octet / 2) * BLOCK_ROWS) >> (4 * (octet % 2));
+                for (int i = 0; i < 4; ++i) {
+                    const I low = ((line >> (8 * i)) & 15) + ((bits >> (8 * i)) & 3) * 16;
+                    const I high = ((line >> (8 * i + 4)) & 15) + ((bits >> (8 * i + 2)) & 3) * 16;
                     for (int m = 0; m < M; ++m)
                         acc[m][v] += low * x[m][octet * OCTET + i] + high * x[m][octet * OCTET + 4 + i];
                 }

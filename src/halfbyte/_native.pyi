@@ -1,5 +1,7 @@
 """Types of the native core; see native/bindings.cpp."""
 
+from collections.abc import Sequence
+
 import numpy as np
 import numpy.typing as npt
 
@@ -124,11 +126,15 @@ class DecoderLayer:
     ) -> None: ...
 
 class KvCache:
-    def __init__(self, layers: int, sequences: int, kv_heads: int, head_dim: int, capacity: int) -> None: ...
+    def __init__(
+        self, windows: Sequence[int], sequences: int, kv_heads: int, head_dim: int, capacity: int, int8: bool
+    ) -> None: ...
     @property
     def sequences(self) -> int: ...
     @property
     def capacity(self) -> int: ...
+    @property
+    def rollback(self) -> int: ...
     @property
     def nbytes(self) -> int: ...
 

@@ -117,6 +117,7 @@ def test_every_verb_has_help_with_an_example(verb: str) -> None:
     [
         (["generate", "nowhere", "hi"], "nowhere: no such folder"),
         (["generate", "nowhere", "hi", "--temperature", "-1"], "temperature: expected 0 or more"),
+        (["generate", "nowhere", "hi", "--head-bits", "few"], "--head-bits few: expected auto, 16, 8, 6 or 4"),
         (["eval", "nowhere", "--data", "none.txt"], "--data none.txt: cannot be read"),
         (["quantize", "nowhere", "-o", "out"], "nowhere: no such folder"),
         (["quantize", "nowhere", "-o", "out", "--bits", "5"], "bits: "),
@@ -144,6 +145,14 @@ def test_a_forced_tier_this_cpu_lacks_is_one_line(quantized: tuple[Path, dict[st
     result = run("generate", quantized[0], "The", HALFBYTE_ISA="mmx")
     assert result.returncode == 2
     assert result.stderr == ("halfbyte: HALFBYTE_ISA=mmx: no such tier; known are amx, avx512_vnni, avx_vnni, avx2, neon, portable\n")
+
+
+def test_a_cache_is_chosen_by_name(quantized: tuple[Path, dict[str, object]]) -> None:
+    settings = ["--max-new-tokens", 4, "--cache"]
+    assert run("generate", quantized[0], "The", *settings, "int8").returncode == 0
+    result = run("generate", quantized[0], "The", *settings, "int4")
+    assert (result.returncode, result.stdout) == (2, "")
+    assert result.stderr == "halfbyte: cache: expected auto, fp16 or int8, got 'int4'\n"
 
 
 def test_a_reader_that_leaves_early_is_no_error(quantized: tuple[Path, dict[str, object]]) -> None:

@@ -64,6 +64,9 @@ inline __m512i _mm512_set1_epi32(int a) {
 inline __m512i _mm512_and_si512(__m512i a, __m512i b) {
     return model_lanes<__m512i>([&](int i) { return a.lane[i] & b.lane[i]; });
 }
+inline __m512i _mm512_or_si512(__m512i a, __m512i b) {
+    return model_lanes<__m512i>([&](int i) { return a.lane[i] | b.lane[i]; });
+}
 // Signed, one rounding.
 inline __m512 _mm512_cvtepi32_ps(__m512i a) {
     return model_lanes<__m512>([&](int i) { return static_cast<float>(static_cast<std::int32_t>(a.lane[i])); });
@@ -110,6 +113,11 @@ inline __m512i _mm512_mullo_epi32(__m512i a, __m512i b) {
 }
 inline __m512i _mm512_cvtepu8_epi32(__m128i a) {
     return model_lanes<__m512i>([&](int i) { return (a.half[i / 2] >> (8 * (i % 2))) & 255u; });
+}
+inline __m512i _mm512_cvtepi8_epi32(__m128i a) {
+    return model_lanes<__m512i>([&](int i) {
+        return static_cast<std::uint32_t>(static_cast<std::int8_t>((a.half[i / 2] >> (8 * (i % 2))) & 255u));
+    });
 }
 // Four products of an unsigned byte of a and a signed byte of b, added to each lane, without saturation.
 inline __m512i _mm512_dpbusd_epi32(__m512i sums, __m512i a, __m512i b) {

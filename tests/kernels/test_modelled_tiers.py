@@ -24,7 +24,7 @@ def run_check(source: str, flags: list[str], folder: Path) -> None:
     sources = [HERE / source, *rest]
     common = ["-std=c++17", "-O1", "-ffp-contract=off", "-pthread", f"-I{NATIVE}", f"-I{HERE}"]
     subprocess.run(["g++", *common, *flags, *map(str, sources), "-o", str(program)], check=True)
-    run = subprocess.run([str(program)], capture_output=True, text=True, timeout=120, check=False)
+    run = subprocess.run([str(program)], capture_output=True, text=True, timeout=300, check=False)
     assert run.returncode == 0, run.stdout
 
 

@@ -10,10 +10,12 @@ import pytest
 import torch
 
 import halfbyte
-from halfbyte import QuantConfig
+from halfbyte import QuantConfig, QuantizedTensor
 from halfbyte.architectures.records import FAMILIES
 from halfbyte.errors import ConfigError, UnsupportedError
-from halfbyte.runtime.decoder import NativeDecoder
+from halfbyte.quantization.grid import Grid
+from halfbyte.runtime.decoder import CACHE_TYPES, NativeDecoder
+from halfbyte.runtime.head import HEAD_GROUP, quantize_head
 
 BASE: dict[str, Any] = {
     "vocab_size": 320, "hidden_size": 96, "intermediate_size": 160, "num_hidden_layers": 4, "num_attention_heads": 6,
@@ -137,14 +139,14 @@ def test_every_known_family_is_tested() -> None:
     assert tested == set(FAMILIES)
 
 
-@pytest.mark.parametrize("compute", ["a8", "a16", "half"])
-def test_a_row_has_the_same_bits_in_any_company(tmp_path: Path, compute: str) -> None:
+@pytest.mark.parametrize(("compute", "cache_type"), [("a8", "fp16"), ("a8", "int8"), ("a16", "fp16"), ("half", "int8")])
+def test_a_row_has_the_same_bits_in_any_company(tmp_path: Path, compute: str, cache_type: str) -> None:
     folder = write_model("llama", tmp_path / "model")
     if compute != "half":
         halfbyte.quantize(folder, tmp_path / "int4", QuantConfig("rtn", group_size=32), progress=False)
-        decoder = decoder_of(tmp_path / "int4", compute=compute)
+        decoder = decoder_of(tmp_path / "int4", compute=compute, cache=cache_type)
     else:
-        decoder = decoder_of(folder)
+        decoder = decoder_of(folder, cache=cache_type)
     ids = torch.randint(320, (3, 300), generator=torch.Generator().manual_seed(3)).tolist()
     alone = decoder.logits(torch.tensor(ids[0]))
     cache = decoder.new_cache(3, 320)
@@ -157,10 +159,11 @@ def test_a_row_has_the_same_bits_in_any_company(tmp_path: Path, compute: str) ->
     assert torch.equal(torch.stack(found), alone[290:])
 
 
-def test_the_number_of_threads_does_not_change_a_bit(tmp_path: Path) -> None:
+@pytest.mark.parametrize("cache_type", CACHE_TYPES)
+def test_the_number_of_threads_does_not_change_a_bit(tmp_path: Path, cache_type: str) -> None:
     from halfbyte import _native
 
-    decoder = decoder_of(write_model("gemma2", tmp_path))
+    decoder = decoder_of(write_model("gemma2", tmp_path), cache=cache_type)
     ids, before, found = torch.arange(40) * 7 % 320, _native.threads(), []
     try:
         for threads in (1, 2, 3):
@@ -186,7 +189,7 @@ def test_every_tier_computes_the_same(tmp_path: Path, tier: str, monkeypatch: py
     assert relative(decoder_of(tmp_path / "int4", compute="a8", head_bits=4).logits(ids), expected) < 1e-2
 
 
-@pytest.mark.parametrize(("bits", "tolerance"), [(8, 1e-2), (4, 0.15)])
+@pytest.mark.parametrize(("bits", "tolerance"), [(8, 1e-2), (6, 4e-2), (4, 0.15)])
 def test_a_head_in_fewer_bits_is_close(tmp_path: Path, bits: int, tolerance: float) -> None:
     folder = write_model("llama", tmp_path)
     ids = torch.arange(50) * 11 % 320
@@ -207,6 +210,22 @@ def test_whatever_a_checkpoint_holds_is_run(tmp_path: Path, keep: dict[str, Any]
     assert relative(decoder_of(tmp_path / "out", head_bits=16).logits(ids), reference.logits(ids)) < 3e-2
 
 
+def test_a_head_of_four_bits_is_searched_for_what_the_norm_weighs() -> None:
+    generator = torch.Generator().manual_seed(4)
+    weight = torch.randn(300, 96, generator=generator).bfloat16()
+    norm = (0.2 + 3 * torch.rand(96, generator=generator)).tolist()
+
+    def error(head: QuantizedTensor) -> float:
+        return float(((head.dequantize() - weight.float()) * torch.tensor(norm)).square().sum())
+
+    for bits in (8, 6):
+        nearest = Grid(bits, HEAD_GROUP, zero_point=True).quantize(weight)
+        assert torch.equal(quantize_head(weight, norm, bits).codes, nearest.codes)
+    searched, nearest = quantize_head(weight, norm, 4), Grid(4, HEAD_GROUP, zero_point=True).quantize(weight)
+    assert error(searched) < 0.9 * error(nearest)
+    assert error(searched) < error(quantize_head(weight, [1.0] * 96, 4))
+
+
 def test_bad_steps_are_refused_and_change_nothing(tmp_path: Path) -> None:
     decoder = decoder_of(write_model("llama", tmp_path))
     cache = decoder.new_cache(2, 16)
@@ -217,6 +236,7 @@ def test_bad_steps_are_refused_and_change_nothing(tmp_path: Path) -> None:
         ([[-1], []], "token_ids: expected ids in"),
         ([[], []], "at least one"),
         ([[1]], "each of 2 sequences"),
+        ([], "each of 2 sequences"),
     ]:
         with pytest.raises(ConfigError, match=says):
             decoder.step(cache, tokens)
@@ -224,8 +244,9 @@ def test_bad_steps_are_refused_and_change_nothing(tmp_path: Path) -> None:
         decoder.step(cache, [[1], []], logits="some")
     with pytest.raises(ConfigError, match="rollback"):
         cache.rollback(0, 3)
-    with pytest.raises(ConfigError, match="at least one sequence"):
-        decoder.new_cache(0, 16)
+    for sequences, capacity in ((0, 16), (1, 0), (-1, 16), (1, 1 << 40)):
+        with pytest.raises(ConfigError, match=f"cache: expected 1 to .* got {sequences} and {capacity}"):
+            decoder.new_cache(sequences, capacity)
     assert cache.lengths == [2, 0]
 
 
@@ -250,7 +271,7 @@ def test_a_tensor_of_the_wrong_shape_is_named(tmp_path: Path) -> None:
         halfbyte.load(folder)
 
 
-@pytest.mark.parametrize(("settings", "says"), [({"compute": "a4"}, "compute"), ({"head_bits": 5}, "head_bits")])
+@pytest.mark.parametrize(("settings", "says"), [({"compute": "a4"}, "compute"), ({"head_bits": 5}, "head_bits"), ({"cache": "int4"}, "cache: expected auto, fp16 or int8")])
 def test_bad_settings_are_refused(tmp_path: Path, settings: dict[str, Any], says: str) -> None:
     folder = write_model("llama", tmp_path)
     with pytest.raises(ConfigError, match=says):

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 import halfbyte
-from halfbyte import QuantizedTensor
+from halfbyte import QuantizedTensor, _native
 from halfbyte.checkpoints.reader import Checkpoint
 from halfbyte.checkpoints.writer import CheckpointWriter
 from halfbyte.errors import CheckpointError, UnsupportedError
@@ -27,6 +27,21 @@ RECIPES: dict[str, dict[str, Any]] = {
 }
 
 
+# One property of `QuantizedTensor` at a time, and the form that the decoder has for it.
+FEATURES: dict[str, tuple[str, dict[str, Any]]] = {
+    "2 bits": ("a8", {"bits": 2, "group_size": 32}),
+    "3 bits": ("a8", {"bits": 3, "group_size": 32}),
+    "5 bits": ("a8", {"bits": 5, "group_size": 32}),
+    "6 bits": ("a8", {"bits": 6, "group_size": 32}),
+    "8 bits": ("a8", {"bits": 8, "group_size": 32}),
+    "a short last group": ("a16", {"bits": 4, "group_size": 20}),
+    "minima": ("a16", {"bits": 4, "group_size": 32, "minima": True}),
+    "activation order": ("a16", {"bits": 4, "group_size": 32, "activation_order": True}),
+    "kept columns": ("a16", {"bits": 3, "group_size": 32, "kept": 7}),
+    "input scale": ("a16", {"bits": 4, "group_size": 32, "input_scale": True}),
+}
+
+
 def quantized(
     weight: torch.Tensor,
     *,
@@ -35,6 +50,7 @@ def quantized(
     kept: int = 0,
     activation_order: bool = False,
     input_scale: bool = False,
+    minima: bool = False,
 ) -> QuantizedTensor:
     """Rounded to nearest on an asymmetric grid, the first `kept` columns of a random order left alone."""
     generator = torch.Generator().manual_seed(bits)
@@ -48,12 +64,12 @@ def quantized(
     low = torch.stack([weight[:, index == g].amin(1).clamp(max=0) for g in range(groups)], 1)
     high = torch.stack([weight[:, index == g].amax(1).clamp(min=0) for g in range(groups)], 1)
     scales = ((high - low) / levels).half().float()
-    zeros = (-low / scales).round().clamp(0, levels)
+    zeros = -low / scales if minima else (-low / scales).round().clamp(0, levels)
     chosen = torch.randperm(columns, generator=generator)[:kept].sort().values
     return QuantizedTensor(
         codes=(weight / scales[:, index] + zeros[:, index]).round().clamp(0, levels).to(torch.uint8),
         scales=scales,
-        zeros=zeros.to(torch.uint8),
+        zeros=low if minima else zeros.to(torch.uint8),
         bits=bits,
         group_size=group_size,
         group_index=index.int() if activation_order else None,
@@ -63,13 +79,21 @@ def quantized(
     )
 
 
-def write(source: Path, folder: Path, *, packed: bool, config: dict[str, Any] | None = None) -> Path:
+def write(
+    source: Path,
+    folder: Path,
+    *,
+    packed: bool,
+    config: dict[str, Any] | None = None,
+    recipe_for_all: dict[str, Any] | None = None,
+) -> Path:
     """The tiny Llama with its linears quantized: in codes, or as the fp32 weights those codes stand for."""
     checkpoint = Checkpoint.open(source)
     with CheckpointWriter(folder) as writer:
         for name in checkpoint.names():
             tensor, module = checkpoint.read(name), name.removesuffix(".weight")
             recipe = RECIPES.get(module.rpartition(".")[2])
+            recipe = recipe and (recipe_for_all or recipe)
             if recipe is None:
                 writer.add(name, tensor if packed else tensor.float())
             elif packed:
@@ -102,6 +126,25 @@ def test_logits_are_those_of_the_dequantized_weights(
     ids = torch.randint(320, (30,), generator=torch.Generator().manual_seed(0))
     expected, found = plain.logits(ids), model.logits(ids)
     assert float((found - expected).norm() / expected.norm()) <= 1e-2
+
+
+@pytest.mark.parametrize("compute", ["a8", "a16"])
+@pytest.mark.parametrize("tier", _native.known_tiers())
+@pytest.mark.parametrize("feature", FEATURES)
+def test_the_decoder_runs_every_feature_in_every_tier(
+    tiny_llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, feature: str, tier: str, compute: str
+) -> None:
+    if tier not in _native.available_tiers():
+        pytest.skip(f"this CPU lacks {tier}")
+    form, recipe = FEATURES[feature]
+    folder = write(tiny_llama, tmp_path / "model", packed=True, recipe_for_all=recipe)
+    ids = torch.randint(320, (30,), generator=torch.Generator().manual_seed(0))
+    expected = halfbyte.load(folder, backend="reference").logits(ids)
+    monkeypatch.setenv("HALFBYTE_ISA", tier)
+    model = halfbyte.load(folder, backend="decoder", compute=compute, head_bits=16)
+    assert model.kernels == {form if compute == "a8" else "a16": 14}
+    tolerance = 0.1 if "a8" in model.kernels else 1e-2
+    assert float((model.logits(ids) - expected).norm() / expected.norm()) <= tolerance
 
 
 def test_it_generates_and_is_smaller(tiny_llama: Path, folder: Path) -> None:

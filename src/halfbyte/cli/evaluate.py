@@ -30,7 +30,8 @@ def command(
         str, typer.Option(help="auto, decoder, transformers, or a kernel of `halfbyte backends`.")
     ] = "auto",
     compute: Annotated[str, typer.Option(help="Activations of the decoder: a8 (8 bits), a16, or auto.")] = "auto",
-    head_bits: Annotated[str, typer.Option(help="Output head of the decoder: 16, 8, 4, or auto.")] = "auto",
+    head_bits: Annotated[str, typer.Option(help="Output head of the decoder: 16, 8, 6, 4, or auto.")] = "auto",
+    cache: Annotated[str, typer.Option(help="Keys and values of the decoder: fp16, int8, or auto.")] = "auto",
     json: JsonFlag = False,
 ) -> None:
     """Measure perplexity on a text, and tokens per second for prefill and decoding.
@@ -42,7 +43,8 @@ def command(
     from halfbyte.evaluation.throughput import measure_throughput
     from halfbyte.generation.model import load
 
-    loaded = load(model, device=device, backend=backend, compute=compute, head_bits=parse_head_bits(head_bits))
+    bits = parse_head_bits(head_bits)
+    loaded = load(model, device=device, backend=backend, compute=compute, head_bits=bits, cache=cache)
     result: dict[str, Any] = {
         "model": model,
         "engine": loaded.engine.name,

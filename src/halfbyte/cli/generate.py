@@ -25,7 +25,8 @@ def command(
         str, typer.Option(help="auto, decoder, transformers, or a kernel of `halfbyte backends`.")
     ] = "auto",
     compute: Annotated[str, typer.Option(help="Activations of the decoder: a8 (8 bits), a16, or auto.")] = "auto",
-    head_bits: Annotated[str, typer.Option(help="Output head of the decoder: 16, 8, 4, or auto.")] = "auto",
+    head_bits: Annotated[str, typer.Option(help="Output head of the decoder: 16, 8, 6, 4, or auto.")] = "auto",
+    cache: Annotated[str, typer.Option(help="Keys and values of the decoder: fp16, int8, or auto.")] = "auto",
     json: JsonFlag = False,
 ) -> None:
     """Generate text, streamed as it comes.
@@ -37,7 +38,8 @@ def command(
 
     SamplingParameters(temperature, top_k, top_p)  # refuse a bad value before loading anything
     text = sys.stdin.read() if prompt == "-" else prompt
-    loaded = load(model, device=device, backend=backend, compute=compute, head_bits=parse_head_bits(head_bits))
+    bits = parse_head_bits(head_bits)
+    loaded = load(model, device=device, backend=backend, compute=compute, head_bits=bits, cache=cache)
     message = [{"role": "user", "content": text}] if chat else text
     start = time.perf_counter()
     pieces = []

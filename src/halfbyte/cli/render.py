@@ -70,4 +70,4 @@ def parse_head_bits(text: str) -> Any:
     try:
         return int(text)
     except ValueError:
-        raise ConfigError(f"--head-bits {text}: expected auto, 16, 8 or 4") from None
+        raise ConfigError(f"--head-bits {text}: expected auto, 16, 8, 6 or 4") from None

@@ -27,6 +27,7 @@ def load(
     backend: str = "auto",
     compute: str = "auto",
     head_bits: int | Literal["auto"] = "auto",
+    cache: str = "auto",
 ) -> Model:
     """Open a model: a halfbyte or AutoAWQ GEMM checkpoint, or an unquantized Hugging Face folder.
 
@@ -37,12 +38,17 @@ def load(
             quantized linears inside transformers (`halfbyte backends` lists them); "auto" for the decoder where it
             knows the architecture.
         compute: in the decoder, activations that meet codes are in 8 bits ("a8") or in fp32 ("a16"); "auto" for a8.
-        head_bits: of the output head in the decoder: 16, 8 or 4; "auto" for 8 if the model is quantized, else 16.
+        head_bits: of the output head in the decoder: 16, 8, 6 or 4; "auto" for 8 if the model is quantized, else 16.
+        cache: in the decoder, keys and values are kept in "fp16" or "int8"; "auto" for fp16.
 
     Raises:
         HalfbyteError: nothing there, a broken checkpoint, or a backend this machine lacks or that cannot run the model.
     """
-    return Model(load_model(resolve_model(path), device=device, backend=backend, compute=compute, head_bits=head_bits))
+    return Model(
+        load_model(
+            resolve_model(path), device=device, backend=backend, compute=compute, head_bits=head_bits, cache=cache
+        )
+    )
 
 
 class Model:

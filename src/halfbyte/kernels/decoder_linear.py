@@ -16,9 +16,8 @@ from halfbyte.kernels.w4a16 import pack_native
 from halfbyte.tensor import QuantizedTensor
 
 COMPUTE_MODES = ("a8", "a16")
-HEAD_BITS = (16, 8, 4)
-# Inputs that share a scale in an output head quantized while loading.
-HEAD_GROUP = 32
+# Widths a8 stores codes in; narrower codes take the next.
+A8_BITS = (4, 6, 8)
 
 _HALVES = {torch.bfloat16: 1, torch.float16: 2}
 
@@ -43,7 +42,7 @@ def quantized_linear(weight: QuantizedTensor, compute: str, tier: str) -> Any:
         weight.zeros.contiguous().numpy(),
         None if weight.bias is None else weight.bias.detach().float().contiguous().numpy(),
         tier,
-        4 if weight.bits <= 4 else 8,
+        next(width for width in A8_BITS if weight.bits <= width),
     )
 
 
@@ -71,40 +70,3 @@ def half_linear(weight: torch.Tensor, bias: torch.Tensor | None, tier: str) -> A
     wide = None if bias is None else bias.detach().float().contiguous().numpy()
     rows, columns = weight.shape
     return _native.half_linear(weight.data_ptr(), _HALVES[weight.dtype], rows, columns, wide, tier)
-
-
-def head_linear(weight: torch.Tensor, bits: int, tier: str) -> Any:
-    """An output head [vocabulary, hidden]: as it is, or rounded to nearest in groups of `HEAD_GROUP`.
-
-    Raises:
-        ConfigError: bits other than 16, 8 or 4.
-        UnsupportedError: groups do not divide its width.
-    """
-    if bits not in HEAD_BITS:
-        raise ConfigError(f"head_bits: expected {', '.join(map(str, HEAD_BITS))}, got {bits}")
-    if bits == 16:
-        return half_linear(weight, None, tier)
-    if weight.shape[1] % HEAD_GROUP:
-        raise UnsupportedError(f"head_bits: groups of {HEAD_GROUP} do not divide a head of {weight.shape[1]} columns")
-    return quantized_linear(_round_head(weight, bits), "a8", tier)
-
-
-def _round_head(weight: torch.Tensor, bits: int) -> QuantizedTensor:
-    """Asymmetric rounding to nearest; a slice of rows at a time, so that no float copy of the head is made."""
-    rows, columns = weight.shape
-    groups, most = columns // HEAD_GROUP, (1 << bits) - 1
-    codes = torch.empty(rows, columns, dtype=torch.uint8)
-    scales = torch.empty(rows, groups)
-    zeros = torch.empty(rows, groups, dtype=torch.uint8)
-    step = max(1, (1 << 22) // columns)
-    for start in range(0, rows, step):
-        part = slice(start, start + step)
-        grouped = weight[part].float().view(-1, groups, HEAD_GROUP)
-        low, high = grouped.aminmax(dim=-1)
-        low, high = low.clamp_(max=0), high.clamp_(min=0)
-        scale = ((high - low) / most).clamp_(min=2.0**-14).half().float()
-        zero = (-low / scale).round_().clamp_(0, most)
-        rounded = (grouped / scale.unsqueeze(-1)).round_().add_(zero.unsqueeze(-1)).clamp_(0, most)
-        codes[part] = rounded.view(-1, columns).to(torch.uint8)
-        scales[part], zeros[part] = scale, zero.to(torch.uint8)
-    return QuantizedTensor(codes, scales, zeros, bits, HEAD_GROUP)

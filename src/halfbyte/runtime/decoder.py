@@ -13,9 +13,15 @@ from halfbyte.errors import ConfigError
 from halfbyte.runtime.engine import Session
 from halfbyte.runtime.rotation import Rotations
 
+CACHE_TYPES = ("fp16", "int8")
+# Positions and sequences of a cache at most; what the native core counts them in.
+CACHE_LIMIT = 1 << 24
+
 
 class DecoderCache:
-    """Keys and values of some sequences in fp16, and how far each has come.
+    """Keys and values of some sequences, and how far each has come.
+
+    A layer with a sliding window keeps its window and at least 256 positions more, the others keep all.
 
     Attributes:
         lengths: tokens of each sequence that are in the cache.
@@ -25,6 +31,7 @@ class DecoderCache:
     def __init__(self, native: Any):
         self.native = native
         self.lengths = [0] * native.sequences
+        self._reached = [0] * native.sequences  # the most tokens a sequence had: what lies a ring before is overwritten
 
     @property
     def capacity(self) -> int:
@@ -38,14 +45,37 @@ class DecoderCache:
         nbytes: int = self.native.nbytes
         return nbytes
 
+    def advance(self, counts: Sequence[int]) -> None:
+        """Count tokens that a step has put in, for each sequence."""
+        for sequence, count in enumerate(counts):
+            self.lengths[sequence] += count
+            self._reached[sequence] = max(self._reached[sequence], self.lengths[sequence])
+
     def rollback(self, sequence: int, tokens: int) -> None:
         """Forget the last `tokens` tokens of a sequence; what comes next overwrites them.
 
+        All of them can always be forgotten, and always 256 from where the sequence was longest. With sliding windows,
+        what comes further back has been overwritten.
+
+        Args:
+            sequence: its number.
+            tokens: how many.
+
         Raises:
-            ConfigError: there are not so many.
+            ConfigError: there are not so many, or not so many are still there.
         """
-        if not 0 <= tokens <= self.lengths[sequence]:
-            raise ConfigError(f"rollback: expected 0 to {self.lengths[sequence]} tokens, got {tokens}")
+        length = self.lengths[sequence]
+        if not 0 <= tokens <= length:
+            raise ConfigError(f"rollback: expected 0 to {length} tokens, got {tokens}")
+        if tokens == length:
+            self.lengths[sequence] = self._reached[sequence] = 0
+            return
+        shortest = self._reached[sequence] - self.native.rollback
+        if length - tokens < shortest:
+            raise ConfigError(
+                f"rollback: expected at most {length - shortest} tokens, or all {length}, got {tokens}: "
+                "sliding windows keep no more; start again"
+            )
         self.lengths[sequence] -= tokens
 
 
@@ -56,6 +86,7 @@ class NativeDecoder:
         record: its architecture.
         compute: "a8" or "a16", how quantized matrices are multiplied.
         head_bits: of the output head.
+        cache: "fp16" or "int8", how its caches keep keys and values.
         forms: native form → number of matrices in it.
         nbytes: of the weights held, the embedding included.
     """
@@ -69,6 +100,7 @@ class NativeDecoder:
         keep: Sequence[torch.Tensor],
         compute: str,
         head_bits: int,
+        cache: str,
         forms: dict[str, int],
         nbytes: int,
     ):
@@ -76,7 +108,8 @@ class NativeDecoder:
         self._rotations = rotations
         self._keep = list(keep)  # weights the native side reads in place
         self.record = record
-        self.compute, self.head_bits, self.forms, self.nbytes = compute, head_bits, forms, nbytes
+        self.compute, self.head_bits, self.cache = compute, head_bits, cache
+        self.forms, self.nbytes = forms, nbytes
 
     name = "decoder"
 
@@ -103,14 +136,20 @@ class NativeDecoder:
         """An empty cache.
 
         Raises:
-            ConfigError: no sequence, or no room.
+            ConfigError: no sequence, no room, or more of either than `CACHE_LIMIT`.
         """
         from halfbyte import _native
 
-        if sequences < 1 or capacity < 1:
-            raise ConfigError(f"cache: expected at least one sequence and position, got {sequences} and {capacity}")
+        if not (1 <= sequences <= CACHE_LIMIT and 1 <= capacity <= CACHE_LIMIT):
+            raise ConfigError(
+                f"cache: expected 1 to {CACHE_LIMIT} sequences and positions, got {sequences} and {capacity}"
+            )
         record = self.record
-        return DecoderCache(_native.KvCache(record.layers, sequences, record.kv_heads, record.head_dim, capacity))
+        return DecoderCache(
+            _native.KvCache(
+                record.windows, sequences, record.kv_heads, record.head_dim, capacity, int8=self.cache == "int8"
+            )
+        )
 
     def step(self, cache: DecoderCache, tokens: Sequence[Sequence[int]], *, logits: str = "last") -> torch.Tensor:
         """Append tokens to the sequences of a cache.
@@ -151,7 +190,7 @@ class NativeDecoder:
             wanted[logits].astype(np.int32),
             result.numpy(),
         )
-        cache.lengths = lengths
+        cache.advance(counts)
         return result
 
 

@@ -13,8 +13,9 @@ from halfbyte.checkpoints.reader import Checkpoint
 from halfbyte.device.cpu import pick_tier, thread_count
 from halfbyte.errors import CheckpointError
 from halfbyte.formats.layouts import Layout
-from halfbyte.kernels.decoder_linear import half_linear, head_linear, quantized_linear
+from halfbyte.kernels.decoder_linear import half_linear, quantized_linear
 from halfbyte.runtime.decoder import NativeDecoder
+from halfbyte.runtime.head import head_linear
 from halfbyte.runtime.rotation import Rotations
 
 _DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
@@ -23,7 +24,14 @@ _QK_NORMS = {"": 0, "heads": 1, "whole": 2}
 
 
 def load_decoder(
-    skeleton: Any, checkpoint: Checkpoint, record: DecoderRecord, layout: Layout | None, *, compute: str, head_bits: int
+    skeleton: Any,
+    checkpoint: Checkpoint,
+    record: DecoderRecord,
+    layout: Layout | None,
+    *,
+    compute: str,
+    head_bits: int,
+    cache: str,
 ) -> NativeDecoder:
     """Lay a checkpoint out for the native decoder.
 
@@ -33,12 +41,13 @@ def load_decoder(
         record: the architecture.
         layout: None for a model in 16 bit.
         compute: "a8" or "a16".
-        head_bits: 16, 8 or 4.
+        head_bits: 16, 8, 6 or 4.
+        cache: "fp16" or "int8".
 
     Raises:
         CheckpointError: a tensor is missing or has another shape than the config implies.
     """
-    return _Loader(skeleton, checkpoint, record, layout, compute).load(head_bits)
+    return _Loader(skeleton, checkpoint, record, layout, compute).load(head_bits, cache)
 
 
 class _Loader:
@@ -60,7 +69,7 @@ class _Loader:
         self._keep: list[torch.Tensor] = []
         self._forms: Counter[str] = Counter()
 
-    def load(self, head_bits: int) -> NativeDecoder:
+    def load(self, head_bits: int, cache: str) -> NativeDecoder:
         from halfbyte import _native
 
         _native.set_threads(thread_count())
@@ -71,12 +80,13 @@ class _Loader:
         embedding = self._half("model.embed_tokens.weight")
         tied = self._skeleton.lm_head.weight is self._skeleton.model.embed_tokens.weight
         weight = embedding if tied else self._half("lm_head.weight")
-        head = head_linear(weight, head_bits, self._tier)
+        norm = self._norm("model.norm")
+        head = head_linear(weight, norm, head_bits, self._tier)
         self._keep += [embedding] if tied or head_bits != 16 else [embedding, weight]
         native = _native.Decoder(
             self._native_config(rotations.pairs, len(kinds)),
             layers,
-            self._norm("model.norm"),
+            norm,
             head,
             embedding.data_ptr(),
             _DTYPES[embedding.dtype],
@@ -93,6 +103,7 @@ class _Loader:
             keep=self._keep,
             compute=self._compute,
             head_bits=head_bits,
+            cache=cache,
             forms=dict(self._forms),
             nbytes=in_place + packed,
         )

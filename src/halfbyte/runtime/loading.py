@@ -17,12 +17,13 @@ from halfbyte.checkpoints.reader import Checkpoint
 from halfbyte.device.torch_device import pick_device
 from halfbyte.errors import CheckpointError, ConfigError, UnsupportedError
 from halfbyte.formats.layouts import Layout, read_layout
-from halfbyte.kernels.decoder_linear import COMPUTE_MODES, HEAD_BITS
+from halfbyte.kernels.decoder_linear import COMPUTE_MODES
 from halfbyte.runtime.compute_dtype import prepare_for_cpu
-from halfbyte.runtime.decoder import NativeDecoder
+from halfbyte.runtime.decoder import CACHE_TYPES, NativeDecoder
 from halfbyte.runtime.decoder_loading import load_decoder
 from halfbyte.runtime.engine import Engine, TransformersEngine
 from halfbyte.runtime.experts import ExpertCollector
+from halfbyte.runtime.head import DEFAULT_HEAD_BITS, HEAD_BITS
 from halfbyte.runtime.quant_linear import QuantLinear
 
 # Backends that are not the name of a linear kernel.
@@ -61,6 +62,7 @@ def load_model(
     backend: str = "auto",
     compute: str = "auto",
     head_bits: int | Literal["auto"] = "auto",
+    cache: str = "auto",
 ) -> LoadedModel:
     """Open a model folder, quantized (AutoAWQ GEMM or halfbyte's own layout) or not.
 
@@ -70,17 +72,20 @@ def load_model(
         backend: "decoder" (fused, on the CPU), "transformers", the name of a linear kernel inside transformers, or
             "auto": the decoder where it knows the architecture.
         compute: in the decoder, activations that meet codes are in 8 bits ("a8") or in fp32 ("a16"); "auto" for a8.
-        head_bits: of the output head in the decoder: 16, 8 or 4; "auto" for 8 if the model is quantized, else 16.
+        head_bits: of the output head in the decoder: 16, 8, 6 or 4; "auto" for 8 if the model is quantized, else 16.
+        cache: in the decoder, keys and values are kept in "fp16" or "int8"; "auto" for fp16.
 
     Raises:
         CheckpointError: missing, malformed or contradictory files.
-        ConfigError: no such `compute` or `head_bits`.
+        ConfigError: no such `compute`, `head_bits` or `cache`.
         UnsupportedError: another quantization method, a backend this machine lacks, or one that cannot run this model.
     """
     if compute not in ("auto", *COMPUTE_MODES):
         raise ConfigError(f"compute: expected auto, {' or '.join(COMPUTE_MODES)}, got {compute!r}")
     if head_bits not in ("auto", *HEAD_BITS):
         raise ConfigError(f"head_bits: expected auto, {', '.join(map(str, HEAD_BITS))}, got {head_bits!r}")
+    if cache not in ("auto", *CACHE_TYPES):
+        raise ConfigError(f"cache: expected auto, {' or '.join(CACHE_TYPES)}, got {cache!r}")
     checkpoint = Checkpoint.open(folder)
     target = pick_device(device)
     layout = read_layout(checkpoint.config)
@@ -96,9 +101,15 @@ def load_model(
         kernel = "auto" if backend == TRANSFORMERS else backend
         engine, kernels = _in_transformers(network, checkpoint, layout, linears, kernel, target)
     else:
-        bits = (16 if layout is None else 8) if head_bits == "auto" else head_bits
+        bits = (16 if layout is None else DEFAULT_HEAD_BITS) if head_bits == "auto" else head_bits
         engine = load_decoder(
-            network, checkpoint, record, layout, compute="a8" if compute == "auto" else compute, head_bits=bits
+            network,
+            checkpoint,
+            record,
+            layout,
+            compute="a8" if compute == "auto" else compute,
+            head_bits=bits,
+            cache="fp16" if cache == "auto" else cache,
         )
         kernels = engine.forms if layout is not None else {}
     return LoadedModel(
