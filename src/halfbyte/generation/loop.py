@@ -24,7 +24,7 @@ class Generation:
     Attributes:
         text: up to the stop string, if one was met.
         token_ids: generated, those of a stop string included, an end-of-sequence token not.
-        finish_reason: "stop" for an end-of-sequence token or a stop string, "length" where the number of tokens ran out.
+        finish_reason: "stop" for an end-of-sequence token or a stop string, "length" where the tokens ran out.
         prompt_tokens: length of the prompt.
         prefill_seconds: to the first token.
         decode_seconds: from there to the last token; in a stream, whatever is done with the pieces included.
@@ -54,6 +54,7 @@ class Continuation:
     Attributes:
         pending: token ids the engine is to be given next.
         token_ids: those generated.
+        text: of these, as far as it is certain.
         finish_reason: why it ended; None before it does.
     """
 
@@ -85,7 +86,7 @@ class Continuation:
         self._prompt_tokens, self._max_new_tokens = len(prompt), max_new_tokens
         self._sampler, self._stop_ids = sampler, stop_ids
         self._detokenizer, self._stops = Detokenizer(decode), StopStrings(stop)
-        self._text = ""
+        self.text = ""
         self._started = self._first = self._last = 0.0
 
     def start(self) -> None:
@@ -105,7 +106,7 @@ class Continuation:
                 self.finish_reason = "stop"
             elif len(self.token_ids) == self._max_new_tokens:
                 piece += self._finish("length")
-        self._text += piece
+        self.text += piece
         if token not in self._stop_ids or not self._first:
             self._last = time.perf_counter()
             self._first = self._first or self._last
@@ -121,7 +122,7 @@ class Continuation:
         """All of it, once it has ended."""
         assert self.finish_reason is not None
         return Generation(
-            self._text,
+            self.text,
             tuple(self.token_ids),
             self.finish_reason,
             self._prompt_tokens,

@@ -186,9 +186,9 @@ class Model:
     ) -> str | TextStream | Generation | list[str] | list[Generation]:
         """Continue a prompt, or several at once.
 
-        Several go through the model together, which reads its weights once a step for all of them (in transformers they
-        are computed one after the other). Each ends by itself, and prompt number i is sampled with seed + i, so its text
-        does not depend on the others.
+        Several go through the model together, which reads its weights once a step for all of them (in transformers
+        they are computed one after the other). Each ends by itself, and prompt number i is sampled with seed + i, so
+        its text does not depend on the others.
 
         Args:
             prompt: a string to continue, or chat messages [{"role": …, "content": …}] to answer; or a list of either.

@@ -1,7 +1,7 @@
 """Repetition penalty, temperature, top-k, top-p and min-p, in that order, which is transformers' order.
 
-Each filter looks at what the one before it left. Over a vocabulary of 50,000 a full sort costs as much as a step of a small
-model, so none is made: numpy selects the k-th largest in linear time, and top-p sorts only what can still be kept.
+Each filter looks at what the one before it left. Over a vocabulary of 50,000 a full sort costs as much as a step of a
+small model, so none is made: numpy selects the k-th largest in linear time, and top-p sorts only what it may keep.
 """
 
 from __future__ import annotations
@@ -27,8 +27,8 @@ class SamplingParameters:
         temperature: 0 takes the most likely token (lowest id on ties); else logits are divided by it.
         top_k: keep the k most likely tokens; None keeps all.
         top_p: keep the fewest most likely tokens whose probabilities reach p (Holtzman et al. 2020); None keeps all.
-        min_p: keep the tokens at least this many times as likely as the most likely one (Nguyen et al. 2024); None keeps
-            all.
+        min_p: keep the tokens at least this many times as likely as the most likely one (Nguyen et al. 2024); None
+            keeps all.
         repetition_penalty: logits of tokens in the prompt or the text so far are divided by it where positive and
             multiplied where negative (CTRL, Keskar et al. 2019); 1 changes nothing. It acts on greedy choices, too.
 
