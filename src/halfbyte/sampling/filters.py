@@ -15,6 +15,9 @@ import torch
 
 from halfbyte.errors import CheckpointError, ConfigError
 
+# Below any difference of fp32 logits that matters, and above what fp32 takes for 0.
+TINY = 1e-30
+
 Ids = npt.NDArray[np.int64]
 Floats = npt.NDArray[np.float32]
 
@@ -67,12 +70,11 @@ def penalised(logits: torch.Tensor, seen: Ids, penalty: float) -> torch.Tensor:
     Returns:
         float32 [vocab], a copy.
     """
-    result = logits.float().clone()
-    values = result.numpy()
+    values = logits.float().numpy().copy()
     ids = seen[seen < len(values)]
     chosen = values[ids]
     values[ids] = np.where(chosen < 0, chosen * np.float32(penalty), chosen / np.float32(penalty))
-    return result
+    return torch.from_numpy(values)
 
 
 def filtered_probabilities(logits: torch.Tensor, parameters: SamplingParameters) -> torch.Tensor:
@@ -86,10 +88,8 @@ def filtered_probabilities(logits: torch.Tensor, parameters: SamplingParameters)
         float32 [vocab], summing to 1, zero wherever a filter removed a token.
     """
     ids, weights = _kept(logits, parameters)
-    if ids is None:
-        return torch.from_numpy(weights)
     result = np.zeros(len(logits), np.float32)
-    result[ids] = weights / weights.sum()
+    result[slice(None) if ids is None else ids] = weights / weights.sum(dtype=np.float64)
     return torch.from_numpy(result)
 
 
@@ -110,8 +110,9 @@ def choose_token(logits: torch.Tensor, parameters: SamplingParameters, generator
         _check_finite(float(values[token]))
         return token
     ids, weights = _kept(logits, parameters)
-    # torch.multinomial draws a number for each token of the vocabulary: a millisecond and more.
-    below = torch.from_numpy(weights).cumsum(0, dtype=torch.float64).numpy()
+    # torch.multinomial draws a number for each token of the vocabulary: a millisecond and more. numpy's own sums take
+    # three times as long as torch's, and torch's cast wakes a team of threads that contends with the decoder's.
+    below = torch.from_numpy(weights.astype(np.float64)).cumsum(0).numpy()
     # In (0, total], so the first sum that reaches it belongs to a token with a weight.
     point = below[-1] * (1 - float(torch.rand((), generator=generator, dtype=torch.float64)))
     index = int(below.searchsorted(point))
@@ -119,20 +120,22 @@ def choose_token(logits: torch.Tensor, parameters: SamplingParameters, generator
 
 
 def _kept(logits: torch.Tensor, parameters: SamplingParameters) -> tuple[Ids | None, Floats]:
-    """Ids that no filter removed, ascending (None for all), and their weights, which sum to at most 1."""
+    """Ids that no filter removed, ascending (None for all), and their weights: 1 for the most likely."""
     scores = logits.float().numpy()
     highest = scores.max()  # a NaN, if there is one
     _check_finite(float(highest))
-    scores = (scores - highest) / np.float32(parameters.temperature)  # a tiny temperature then cannot overflow
+    # The highest score is 0 then, and a tiny temperature makes the others -inf, which is right, not NaN.
+    with np.errstate(over="ignore"):
+        scores = (scores - highest) / np.float32(max(parameters.temperature, TINY))
     ids: Ids | None = None
     if parameters.top_k is not None and parameters.top_k < len(scores):
         ids = _largest(scores, parameters.top_k)
         scores = scores[ids]
-    weights: Floats = torch.softmax(torch.from_numpy(scores), dim=-1).numpy()
+    weights: Floats = np.exp(scores)
     if parameters.top_p is not None and parameters.top_p < 1:
         ids, weights = _select(_nucleus(weights, parameters.top_p), ids, weights)
     if parameters.min_p:
-        ids, weights = _select(np.flatnonzero(weights >= np.float32(parameters.min_p) * weights.max()), ids, weights)
+        ids, weights = _select(np.flatnonzero(weights >= parameters.min_p), ids, weights)
     return ids, weights
 
 
@@ -143,20 +146,21 @@ def _select(kept: Ids, ids: Ids | None, weights: Floats) -> tuple[Ids, Floats]:
 def _largest(values: Floats, count: int) -> Ids:
     """Places of the `count` largest values, ascending; ties at the edge go to the lower places, as in a stable sort."""
     edge = np.partition(values, len(values) - count)[len(values) - count]
-    kept = np.flatnonzero(values >= edge)
-    if len(kept) > count:
-        tied = np.flatnonzero(values == edge)
-        kept = np.setdiff1d(kept, tied[count - len(kept) :], assume_unique=True)
-    return kept
+    kept = values >= edge
+    surplus = int(np.count_nonzero(kept)) - count
+    if surplus:
+        kept[np.flatnonzero(values == edge)[-surplus:]] = False
+    return np.flatnonzero(kept)
 
 
 def _nucleus(weights: Floats, p: float) -> Ids:
-    """Places, ascending, of the fewest largest weights that reach p; all of them together sum to 1."""
-    # Tokens below (1 - p) / n sum to less than 1 - p even if all n were such, so those before them reach p.
-    possible = np.flatnonzero(weights >= min((1 - p) / len(weights), float(weights.max())))
+    """Places, ascending, of the fewest largest weights that reach p times the sum of all; the largest is 1."""
+    total = float(weights.sum(dtype=np.float64))
+    # Tokens below (1 - p) / n of the sum have less than 1 - p of it together, so those before them reach p.
+    possible = np.flatnonzero(weights >= min((1 - p) * total / len(weights), 1))
     ordered = np.sort(weights[possible])[::-1].astype(np.float64)
     # A token is dropped when those before it already reach p, so the most likely one always stays.
-    count = int(np.count_nonzero(ordered.cumsum() - ordered < p))
+    count = int(np.count_nonzero(ordered.cumsum() - ordered < p * total))
     return possible[_largest(weights[possible], count)]
 
 
