@@ -35,3 +35,4 @@ def test_the_signatures_promised_in_0_1() -> None:
     assert list(inspect.signature(halfbyte.perplexity).parameters) == ["model", "text", "window"]
     generate = inspect.signature(halfbyte.Model.generate).parameters
     assert set(generate) >= {"prompt", "max_new_tokens", "temperature", "top_k", "top_p", "seed", "stream"}
+    assert set(generate) >= {"min_p", "repetition_penalty", "stop", "return_details"}

@@ -11,6 +11,8 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from halfbyte.errors import HalfbyteError
     from halfbyte.evaluation.perplexity import perplexity
+    from halfbyte.generation.chat import Chat
+    from halfbyte.generation.loop import Generation
     from halfbyte.generation.model import Model, load
     from halfbyte.quantization.config import QuantConfig
     from halfbyte.quantization.pipeline import quantize
@@ -20,6 +22,8 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 _HOMES = {
+    "Chat": "halfbyte.generation.chat",
+    "Generation": "halfbyte.generation.loop",
     "HalfbyteError": "halfbyte.errors",
     "Model": "halfbyte.generation.model",
     "QuantConfig": "halfbyte.quantization.config",
@@ -31,6 +35,8 @@ _HOMES = {
 }
 
 __all__ = [
+    "Chat",
+    "Generation",
     "HalfbyteError",
     "Model",
     "QuantConfig",

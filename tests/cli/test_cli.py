@@ -4,8 +4,12 @@ from __future__ import annotations
 
 import json
 import os
+import select
+import shutil
+import signal
 import subprocess
 import sys
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -13,10 +17,16 @@ import pytest
 from tests.conftest import TEXT
 
 
-def run(*arguments: object, **environment: str) -> subprocess.CompletedProcess[str]:
+def run(*arguments: object, stdin: str | None = None, **environment: str) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, "-m", "halfbyte", *map(str, arguments)]
     return subprocess.run(
-        command, capture_output=True, text=True, check=False, env={**os.environ, **environment}, timeout=120
+        command,
+        input=stdin,
+        capture_output=True,
+        text=True,
+        check=False,
+        env={**os.environ, **environment},
+        timeout=120,
     )
 
 
@@ -70,6 +80,119 @@ def test_generate_streams_text_and_gives_json(quantized: tuple[Path, dict[str, o
     assert document["text"] + "\n" == text.stdout
 
 
+def test_generate_takes_every_filter_and_says_why_it_ended(quantized: tuple[Path, dict[str, object]]) -> None:
+    arguments = ["generate", quantized[0], "The", "--max-new-tokens", 8, "--temperature", 0.9, "--top-k", 40]
+    arguments += ["--top-p", 0.9, "--min-p", 0.05, "--repetition-penalty", 1.1, "--seed", 3]
+    whole = json.loads(run(*arguments, "--json").stdout)
+    assert (whole["finish_reason"], whole["new_tokens"]) == ("length", 8)
+    assert whole["tokens_per_second"] > 0
+    stop = whole["text"][4:6]
+    cut = json.loads(run(*arguments, "--stop", "never there", "--stop", stop, "--json").stdout)
+    assert cut["text"] == whole["text"][: whole["text"].index(stop)]
+    assert cut["finish_reason"] == "stop"
+
+
+@pytest.fixture(scope="module")
+def chatty(quantized: tuple[Path, dict[str, object]], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The model with a chat template."""
+    folder = tmp_path_factory.mktemp("chatty") / "model"
+    shutil.copytree(quantized[0], folder)
+    template = "{% for m in messages %}<{{ m.role }}>{{ m.content }}\n{% endfor %}<assistant>"
+    config = json.loads((folder / "tokenizer_config.json").read_text())
+    (folder / "tokenizer_config.json").write_text(json.dumps({**config, "chat_template": template}))
+    return folder
+
+
+def test_chat_answers_every_line_of_a_pipe(chatty: Path) -> None:
+    arguments = ["chat", chatty, "--max-new-tokens", 6, "--system", "Crows.", "--temperature", 1, "--seed", 1]
+    result = run(*arguments, "--json", stdin="One\n\nTwo\n/reset\nOne\n/exit\nThree\n")
+    assert result.returncode == 0, result.stderr
+    first, second, again = map(json.loads, result.stdout.splitlines())
+    assert first["text"] == again["text"]
+    assert second["prompt_tokens"] > first["prompt_tokens"] == again["prompt_tokens"]
+    assert result.stderr.count("halfbyte: cut off after 6 tokens") == 3
+    plain = run(*arguments, stdin="One\n")
+    assert plain.stdout == first["text"] + "\n"
+
+
+def test_chat_says_when_the_context_is_full(chatty: Path) -> None:
+    result = run("chat", chatty, "--context", 40, stdin="One\nTwo\n")
+    assert result.returncode == 2
+    cut, refused = result.stderr.splitlines()
+    assert cut == "halfbyte: cut off: the context of 40 tokens is full; /reset begins anew"
+    assert refused.startswith("halfbyte: context: full; ")
+
+
+def test_chat_without_a_template_or_text_is_one_line(quantized: tuple[Path, dict[str, object]], chatty: Path) -> None:
+    result = run("chat", quantized[0], stdin="One\n")
+    assert result.returncode == 2
+    assert result.stderr.count("\n") == 1
+    assert "its tokenizer has no chat template, so it cannot chat" in result.stderr
+    command = [sys.executable, "-m", "halfbyte", "chat", str(chatty)]
+    binary = subprocess.run(command, input=b"\xff\n", capture_output=True, check=False, timeout=120)
+    assert binary.returncode == 2
+    assert binary.stderr == b"halfbyte: standard input: not UTF-8 text (byte 0); convert it first\n"
+
+
+def test_at_a_terminal_ctrl_c_stops_an_answer_and_ctrl_d_leaves(chatty: Path) -> None:
+    with Terminal("chat", chatty, "--max-new-tokens", 100_000, "--context", 200_000) as terminal:
+        terminal.read_until("> ")
+        terminal.write("One\n")
+        terminal.read_until("One\r\n")
+        terminal.read_some()
+        terminal.write("\x03")
+        terminal.read_until("halfbyte: stopped\r\n")
+        terminal.read_until("> ")
+        terminal.write("\x04")
+        assert terminal.wait() == 0
+
+
+def test_at_a_terminal_ctrl_c_at_the_prompt_leaves(chatty: Path) -> None:
+    with Terminal("chat", chatty) as terminal:
+        terminal.read_until("> ")
+        terminal.write("\x03")
+        assert terminal.wait() == 0
+
+
+class Terminal:
+    """A whole process behind a pseudo-terminal."""
+
+    def __init__(self, *arguments: object):
+        pty = pytest.importorskip("pty")
+        self._pid, self._fd = pty.fork()
+        if self._pid == 0:
+            os.execv(sys.executable, [sys.executable, "-m", "halfbyte", *map(str, arguments)])
+        self._seen = ""
+
+    def __enter__(self) -> Terminal:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._pid:
+            os.kill(self._pid, signal.SIGKILL)
+            os.waitpid(self._pid, 0)
+        os.close(self._fd)
+
+    def write(self, text: str) -> None:
+        os.write(self._fd, text.encode())
+
+    def read_some(self) -> None:
+        assert select.select([self._fd], [], [], 120)[0], f"nothing came after {self._seen!r}"
+        self._seen += os.read(self._fd, 4096).decode(errors="replace")
+
+    def read_until(self, text: str) -> None:
+        while text not in self._seen:
+            self.read_some()
+        self._seen = self._seen.partition(text)[2]
+
+    def wait(self) -> int:
+        with suppress(OSError):  # the end of what a terminal has to say
+            while os.read(self._fd, 4096):
+                pass
+        pid, self._pid = self._pid, 0
+        return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+
+
 def test_eval_measures_both(quantized: tuple[Path, dict[str, object]], tmp_path: Path) -> None:
     (tmp_path / "text.txt").write_text(TEXT)
     arguments = ["eval", quantized[0], "--data", tmp_path / "text.txt", "--window", 64, "--max-windows", 2]
@@ -104,7 +227,9 @@ def test_models_list_names_the_sample() -> None:
     assert "sample:smollm2-135m" in run("models", "list").stdout
 
 
-@pytest.mark.parametrize("verb", ["quantize", "generate", "eval", "backends", "doctor", "models list", "models pull"])
+@pytest.mark.parametrize(
+    "verb", ["quantize", "generate", "chat", "eval", "backends", "doctor", "models list", "models pull"]
+)
 def test_every_verb_has_help_with_an_example(verb: str) -> None:
     result = run(*verb.split(), "--help")
     assert result.returncode == 0
@@ -118,6 +243,9 @@ def test_every_verb_has_help_with_an_example(verb: str) -> None:
         (["generate", "nowhere", "hi"], "nowhere: no such folder"),
         (["generate", "nowhere", "hi", "--temperature", "-1"], "temperature: expected 0 or more"),
         (["generate", "nowhere", "hi", "--head-bits", "few"], "--head-bits few: expected auto, 16, 8, 6 or 4"),
+        (["generate", "nowhere", "hi", "--min-p", "2"], "min_p: expected a number in [0, 1]"),
+        (["generate", "nowhere", "hi", "--stop", ""], "stop: expected strings of at least one character"),
+        (["chat", "nowhere", "--repetition-penalty", "0"], "repetition_penalty: expected more than 0"),
         (["eval", "nowhere", "--data", "none.txt"], "--data none.txt: cannot be read"),
         (["quantize", "nowhere", "-o", "out"], "nowhere: no such folder"),
         (["quantize", "nowhere", "-o", "out", "--bits", "5"], "bits: "),

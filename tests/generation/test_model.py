@@ -7,7 +7,6 @@ import pytest
 import torch
 
 import halfbyte
-import halfbyte.generation.model
 from halfbyte.checkpoints.writer import CheckpointWriter
 from halfbyte.errors import CheckpointError, ConfigError, HalfbyteError, UnsupportedError
 
@@ -37,19 +36,6 @@ def test_streamed_pieces_make_the_whole_text(model: halfbyte.Model) -> None:
         assert "".join(pieces) == model.generate("The", **settings)
 
 
-def test_a_character_is_streamed_once_all_its_bytes_are_there(
-    model: halfbyte.Model, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    text = "The crow \N{BIRD} sat\nand ate \u00e9clairs"
-    ids = model.tokenizer(text)["input_ids"]
-    assert any(model.tokenizer.decode([i]) == "\ufffd" for i in ids), "no token holds a part of a character"
-    monkeypatch.setattr(halfbyte.generation.model, "generate_tokens", lambda *args, **kwargs: iter(ids))
-    pieces = list(model.generate("The", stream=True))
-    assert "".join(pieces) == text
-    assert len(pieces) > 6
-    assert not any("\ufffd" in piece for piece in pieces)
-
-
 def test_the_same_seed_repeats_and_another_does_not(model: halfbyte.Model) -> None:
     settings: dict[str, Any] = {"max_new_tokens": 20, "temperature": 1.0, "top_k": 50, "top_p": 0.95}
     a, b, c = (model.generate("The", seed=seed, **settings) for seed in (1, 1, 2))
@@ -60,6 +46,117 @@ def test_an_end_of_sequence_token_ends_it(model: halfbyte.Model, monkeypatch: py
     first = int(model.logits(model.encode("The"))[-1].argmax())
     monkeypatch.setattr(model, "stop_ids", frozenset({first}))
     assert model.generate("The", max_new_tokens=5) == ""
+
+
+def test_the_text_ends_before_a_stop_string_that_spans_tokens(model: halfbyte.Model) -> None:
+    settings: dict[str, Any] = {"max_new_tokens": 40, "temperature": 1.5, "seed": 3}
+    whole = model.generate("The", **settings)
+    stop = whole[10:16]
+    end = whole.index(stop)
+    stream = model.generate("The", stop=["never there", stop], stream=True, **settings)
+    assert "".join(stream) == whole[:end]
+    found = stream.generation
+    assert found is not None
+    assert (found.text, found.finish_reason) == (whole[:end], "stop")
+    assert 2 < found.new_tokens < 40
+    assert stop in model.tokenizer.decode(found.token_ids)
+
+
+def test_details_say_why_it_ended_and_how_many_tokens_it_has(
+    model: halfbyte.Model, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ids = model.encode("The").tolist()
+    found = model.generate("The", max_new_tokens=5, return_details=True)
+    assert (found.finish_reason, found.new_tokens, found.prompt_tokens) == ("length", 5, len(ids))
+    assert found.text == model.tokenizer.decode(found.token_ids) == model.generate("The", max_new_tokens=5)
+    assert found.prefill_seconds > 0
+    assert found.tokens_per_second == 4 / found.decode_seconds
+    monkeypatch.setattr(model, "stop_ids", frozenset({found.token_ids[0]}))
+    found = model.generate("The", max_new_tokens=5, return_details=True)
+    assert (found.text, found.finish_reason, found.token_ids) == ("", "stop", ())
+    assert found.tokens_per_second is None
+
+
+def test_a_stream_knows_the_details_when_it_has_ended(model: halfbyte.Model) -> None:
+    stream = model.generate("The", max_new_tokens=5, stream=True)
+    assert stream.generation is None
+    pieces = list(stream)
+    assert stream.generation is not None
+    assert stream.generation.text == "".join(pieces)
+    assert stream.generation.new_tokens == 5
+
+
+def test_greedy_under_a_penalty_is_that_of_transformers(tiny_llama: Path) -> None:
+    from transformers import AutoModelForCausalLM
+
+    network = AutoModelForCausalLM.from_pretrained(tiny_llama)
+    model = halfbyte.load(tiny_llama, backend="transformers")
+    ids = model.encode("The 3th crow sat")
+    expected = network.generate(ids[None], max_new_tokens=24, do_sample=False, repetition_penalty=1.3, eos_token_id=-1)
+    found = model.generate("The 3th crow sat", max_new_tokens=24, repetition_penalty=1.3, return_details=True)
+    assert list(found.token_ids) == expected[0, len(ids) :].tolist()[: found.new_tokens]
+    assert found.token_ids != model.generate("The 3th crow sat", max_new_tokens=24, return_details=True).token_ids
+
+
+PROMPTS = ["The", "One crow counted 49 acorns on the old oak, and", "branch"]
+
+
+@pytest.mark.parametrize("backend", ["decoder", "transformers"])
+@pytest.mark.parametrize("settings", [{}, {"temperature": 1.5, "top_k": 200, "repetition_penalty": 1.1}])
+def test_a_prompt_of_several_gets_the_text_it_gets_alone(
+    quantized_llama: Path, backend: str, settings: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = halfbyte.load(quantized_llama, backend=backend)
+    alone = [
+        model.generate(prompt, max_new_tokens=24, seed=7 + i, return_details=True, **settings)
+        for i, prompt in enumerate(PROMPTS)
+    ]
+    # Ended by different tokens, at different lengths, in one place by none.
+    monkeypatch.setattr(model, "stop_ids", frozenset({alone[0].token_ids[5]}))
+    alone = [
+        model.generate(prompt, max_new_tokens=24, seed=7 + i, return_details=True, **settings)
+        for i, prompt in enumerate(PROMPTS)
+    ]
+    assert len({one.new_tokens for one in alone}) > 1
+    together = model.generate(PROMPTS, max_new_tokens=24, seed=7, return_details=True, **settings)
+    assert [(one.token_ids, one.text, one.finish_reason) for one in together] == [
+        (one.token_ids, one.text, one.finish_reason) for one in alone
+    ]
+    assert model.generate(PROMPTS, max_new_tokens=24, seed=7, **settings) == [one.text for one in alone]
+
+
+def test_the_same_prompt_several_times_is_sampled_several_ways(model: halfbyte.Model) -> None:
+    texts = model.generate(["The"] * 4, max_new_tokens=16, temperature=1.5, seed=0)
+    assert len(set(texts)) == 4
+    assert model.generate(["The"] * 4, max_new_tokens=16, temperature=1.5, seed=0) == texts
+
+
+def test_several_prompts_take_one_call_a_step(model: halfbyte.Model, monkeypatch: pytest.MonkeyPatch) -> None:
+    calls = []
+    step = model.engine.step  # type: ignore[attr-defined]
+    monkeypatch.setattr(model, "stop_ids", frozenset())
+    monkeypatch.setattr(model.engine, "step", lambda cache, tokens: calls.append(tokens) or step(cache, tokens))
+    model.generate(PROMPTS, max_new_tokens=4)
+    assert [[len(new) for new in tokens] for tokens in calls[1:]] == [[1, 1, 1]] * 3
+
+
+@pytest.mark.parametrize(
+    ("prompt", "settings", "message"),
+    [
+        (["a", "b"], {"stream": True}, "^stream: only one prompt"),
+        (["a", {"role": "user", "content": "b"}], {}, "^prompt: expected a string, a list of messages"),
+        (["a", ""], {}, "^prompt: empty"),
+        ([], {}, "^prompt: empty"),
+        ("a", {"stream": True, "return_details": True}, "^return_details: a stream"),
+        ("a", {"stop": ""}, "^stop: expected"),
+        ("a", {"min_p": 2.0}, "^min_p: expected"),
+    ],
+)
+def test_what_cannot_be_generated_is_refused(
+    model: halfbyte.Model, prompt: Any, settings: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(ConfigError, match=message):
+        model.generate(prompt, **settings)
 
 
 def test_unquantized_folders_load_too_and_give_transformers_logits(tiny_llama: Path) -> None:

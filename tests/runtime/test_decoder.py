@@ -224,6 +224,36 @@ def test_a_head_of_four_bits_is_searched_for_what_the_norm_weighs() -> None:
     searched, nearest = quantize_head(weight, norm, 4), Grid(4, HEAD_GROUP, zero_point=True).quantize(weight)
     assert error(searched) < 0.9 * error(nearest)
     assert error(searched) < error(quantize_head(weight, [1.0] * 96, 4))
+@pytest.mark.parametrize("name", ["llama", "phi3, longrope"])
+def test_a_batch_and_a_session_that_went_back_compute_what_each_computes_alone(tmp_path: Path, name: str) -> None:
+    """Also where angles depend on the length: a long companion does not turn a short sequence."""
+    decoder = decoder_of(write_model(name, tmp_path))
+    ids = [torch.arange(n).mul(7 + n).remainder(320).tolist() for n in (5, 50, 20)]
+    expected = torch.stack([decoder.logits(torch.tensor(one))[-1] for one in ids])
+    batch = decoder.batch(3, 64)
+    assert torch.equal(batch.step([ids[0][:4], ids[1][:40], ids[2]])[2], expected[2])
+    assert torch.equal(batch.step([ids[0][4:], [], []])[0], expected[0])
+    if name == "llama":  # keys of shorter sequences stay turned as they were
+        assert torch.equal(batch.step([[], ids[1][40:], []])[0], expected[1])
+    session = decoder.session(64)
+    session.step([*ids[0], 1, 2])
+    session.rollback(3)
+    assert session.length == 4
+    assert torch.equal(session.step(ids[0][4:]), expected[0])
+    with pytest.raises(ConfigError, match="rollback: expected 0 to 5 tokens, got 6"):
+        session.rollback(6)
+
+
+def test_a_session_in_transformers_goes_back_too(tmp_path: Path) -> None:
+    engine = halfbyte.load(write_model("llama", tmp_path), backend="transformers").engine
+    session = engine.session(64)
+    expected = session.step([1, 2, 3, 4])
+    session.step([5])
+    session.rollback(2)
+    assert session.length == 3
+    torch.testing.assert_close(session.step([4]), expected)
+    with pytest.raises(ConfigError, match="rollback: expected 0 to 4 tokens, got 5"):
+        session.rollback(5)
 
 
 def test_bad_steps_are_refused_and_change_nothing(tmp_path: Path) -> None:

@@ -3,59 +3,66 @@
 from __future__ import annotations
 
 import sys
-import time
 from typing import Annotated
 
 import typer
 
-from halfbyte.cli.render import JsonFlag, parse_head_bits, print_json
+from halfbyte.cli import options
+from halfbyte.cli.render import JsonFlag, describe_generation, parse_head_bits, print_json
 
 
 def command(
-    model: Annotated[str, typer.Argument(help="A folder, sample:NAME, or a hub name.")],
+    model: options.ModelArgument,
     prompt: Annotated[str, typer.Argument(help="Text to continue; - reads it from standard input.")],
     chat: Annotated[bool, typer.Option("--chat", help="Put the prompt as a user's message.")] = False,
     max_new_tokens: Annotated[int, typer.Option(help="Tokens to generate at most.")] = 128,
-    temperature: Annotated[float, typer.Option(help="0 is greedy.")] = 0.0,
-    top_k: Annotated[int | None, typer.Option(help="Keep the k most likely tokens.")] = None,
-    top_p: Annotated[float | None, typer.Option(help="Keep the most likely tokens up to this probability.")] = None,
-    seed: Annotated[int | None, typer.Option(help="Makes sampling repeatable.")] = None,
-    device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")] = "auto",
-    backend: Annotated[
-        str, typer.Option(help="auto, decoder, transformers, or a kernel of `halfbyte backends`.")
-    ] = "auto",
-    compute: Annotated[str, typer.Option(help="Activations of the decoder: a8 (8 bits), a16, or auto.")] = "auto",
-    head_bits: Annotated[str, typer.Option(help="Output head of the decoder: 16, 8, 6, 4, or auto.")] = "auto",
-    cache: Annotated[str, typer.Option(help="Keys and values of the decoder: fp16, int8, or auto.")] = "auto",
+    temperature: options.Temperature = 0.0,
+    top_k: options.TopK = None,
+    top_p: options.TopP = None,
+    min_p: options.MinP = None,
+    repetition_penalty: options.RepetitionPenalty = 1.0,
+    stop: options.Stop = None,
+    seed: options.Seed = None,
+    device: options.Device = "auto",
+    backend: options.Backend = "auto",
+    compute: options.Compute = "auto",
+    head_bits: options.HeadBits = "auto",
+    cache: options.Cache = "auto",
     json: JsonFlag = False,
 ) -> None:
     """Generate text, streamed as it comes.
 
-    Example: halfbyte generate smollm2-4bit "What is the capital of France?" --chat
+    Filters act in the order of their options: first the repetition penalty, then temperature, top-k, top-p, min-p.
+
+    Example: halfbyte generate smollm2-4bit "What is the capital of France?" --chat --temperature 0.7 --min-p 0.1
     """
     from halfbyte.generation.model import load
+    from halfbyte.generation.text import parse_stop
     from halfbyte.sampling.filters import SamplingParameters
 
-    SamplingParameters(temperature, top_k, top_p)  # refuse a bad value before loading anything
+    # Refuse a bad value before loading anything.
+    SamplingParameters(temperature, top_k, top_p, min_p, repetition_penalty)
+    stops = parse_stop(stop)
     text = sys.stdin.read() if prompt == "-" else prompt
     bits = parse_head_bits(head_bits)
     loaded = load(model, device=device, backend=backend, compute=compute, head_bits=bits, cache=cache)
-    message = [{"role": "user", "content": text}] if chat else text
-    start = time.perf_counter()
-    pieces = []
-    for piece in loaded.generate(
-        message,
+    pieces = loaded.generate(
+        [{"role": "user", "content": text}] if chat else text,
         max_new_tokens=max_new_tokens,
         temperature=temperature,
         top_k=top_k,
         top_p=top_p,
+        min_p=min_p,
+        repetition_penalty=repetition_penalty,
+        stop=stops,
         seed=seed,
         stream=True,
-    ):
-        pieces.append(piece)
+    )
+    for piece in pieces:
         if not json:
             print(piece, end="", flush=True)
     if json:
-        print_json({"model": model, "text": "".join(pieces), "seconds": time.perf_counter() - start})
+        assert pieces.generation is not None
+        print_json({"model": model, **describe_generation(pieces.generation)})
     else:
         print()

@@ -6,11 +6,14 @@ import functools
 import json
 import sys
 from collections.abc import Callable, Iterable, Sequence
-from typing import Annotated, Any, NoReturn
+from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
 import typer
 
 from halfbyte.errors import ConfigError, HalfbyteError
+
+if TYPE_CHECKING:
+    from halfbyte.generation.loop import Generation
 
 JsonFlag = Annotated[bool, typer.Option("--json", help="Print one JSON document instead of a table.")]
 
@@ -56,6 +59,19 @@ def print_table(columns: Sequence[str], rows: Iterable[Sequence[object]], title:
     for row in rows:
         table.add_row(*(Text(str(cell)) for cell in row))
     Console(soft_wrap=not sys.stdout.isatty()).print(table)
+
+
+def describe_generation(generation: Generation) -> dict[str, Any]:
+    """The text, why it ended, and how many tokens in how many seconds."""
+    return {
+        "text": generation.text,
+        "finish_reason": generation.finish_reason,
+        "prompt_tokens": generation.prompt_tokens,
+        "new_tokens": generation.new_tokens,
+        "seconds": generation.prefill_seconds + generation.decode_seconds,
+        "prefill_seconds": generation.prefill_seconds,
+        "tokens_per_second": generation.tokens_per_second,
+    }
 
 
 def megabytes(nbytes: int) -> str:

@@ -1,1 +1,1 @@
-"""Text from a model: `Model.generate` and the decoding loop."""
+"""Text from a model: `Model.generate`, `Chat` and the decoding loop."""

@@ -2,22 +2,38 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from functools import cached_property
+from collections.abc import Mapping, Sequence
+from functools import cached_property, partial
 from pathlib import Path
-from typing import Any, Literal, overload
+from typing import Any, Literal, TypedDict, Unpack, overload
 
 import torch
 
 from halfbyte.architectures.tokenizer import load_tokenizer
 from halfbyte.checkpoints.sources import resolve_model
 from halfbyte.errors import ConfigError, UnsupportedError
-from halfbyte.generation.loop import generate_tokens
+from halfbyte.generation.loop import Continuation, Generation, TextStream, continue_together, stream_text
+from halfbyte.generation.text import parse_stop
 from halfbyte.runtime.engine import TransformersEngine
 from halfbyte.runtime.loading import LoadedModel, load_model
 from halfbyte.sampling.filters import SamplingParameters
+from halfbyte.sampling.sampler import Sampler, sequence_generator
 
 Prompt = str | Sequence[dict[str, str]]
+Prompts = list[str] | Sequence[Sequence[dict[str, str]]]
+
+
+class Settings(TypedDict, total=False):
+    """What `Model.generate` takes in every form of it."""
+
+    max_new_tokens: int
+    temperature: float
+    top_k: int | None
+    top_p: float | None
+    min_p: float | None
+    repetition_penalty: float
+    stop: str | Sequence[str] | None
+    seed: int | None
 
 
 def load(
@@ -117,98 +133,161 @@ class Model:
         """Token ids int64 [tokens] of a string as it is, or of chat messages through the tokenizer's template.
 
         Raises:
-            ConfigError: nothing to encode, or messages for a tokenizer without a template.
+            ConfigError: nothing to encode, messages for a tokenizer without a template, or some the template refuses.
         """
+        if not prompt:
+            raise ConfigError("prompt: empty; give at least one character")
         if isinstance(prompt, str):
             ids = self.tokenizer(prompt)["input_ids"]
         elif self.tokenizer.chat_template is None:
             raise ConfigError(f"{self.folder}: its tokenizer has no chat template; give the prompt as a string")
         else:
-            ids = self.tokenizer.apply_chat_template(list(prompt), add_generation_prompt=True)["input_ids"]
+            ids = self._apply_template(prompt)
         if not ids:
             raise ConfigError("prompt: empty; give at least one character")
         return torch.tensor(ids, dtype=torch.int64)
 
+    def _apply_template(self, messages: Sequence[dict[str, str]]) -> list[int]:
+        from jinja2 import TemplateError
+
+        try:
+            ids: list[int] = self.tokenizer.apply_chat_template(list(messages), add_generation_prompt=True)["input_ids"]
+        except TemplateError as error:
+            raise ConfigError(f"{self.folder}: its chat template refuses the messages: {error}") from None
+        return ids
+
     @overload
-    def generate(
-        self,
-        prompt: Prompt,
-        *,
-        max_new_tokens: int = ...,
-        temperature: float = ...,
-        top_k: int | None = ...,
-        top_p: float | None = ...,
-        seed: int | None = ...,
-        stream: Literal[False] = ...,
-    ) -> str: ...
+    def generate(self, prompt: Prompt, *, stream: Literal[True], **settings: Unpack[Settings]) -> TextStream: ...
 
     @overload
     def generate(
-        self,
-        prompt: Prompt,
-        *,
-        max_new_tokens: int = ...,
-        temperature: float = ...,
-        top_k: int | None = ...,
-        top_p: float | None = ...,
-        seed: int | None = ...,
-        stream: Literal[True],
-    ) -> Iterator[str]: ...
+        self, prompt: Prompt, *, return_details: Literal[True], **settings: Unpack[Settings]
+    ) -> Generation: ...
+
+    @overload
+    def generate(
+        self, prompt: Prompts, *, return_details: Literal[True], **settings: Unpack[Settings]
+    ) -> list[Generation]: ...
+
+    @overload
+    def generate(self, prompt: Prompt, **settings: Unpack[Settings]) -> str: ...
+
+    @overload
+    def generate(self, prompt: Prompts, **settings: Unpack[Settings]) -> list[str]: ...
 
     def generate(
         self,
-        prompt: Prompt,
+        prompt: Prompt | Prompts,
         *,
         max_new_tokens: int = 128,
         temperature: float = 0.0,
         top_k: int | None = None,
         top_p: float | None = None,
+        min_p: float | None = None,
+        repetition_penalty: float = 1.0,
+        stop: str | Sequence[str] | None = None,
         seed: int | None = None,
         stream: bool = False,
-    ) -> str | Iterator[str]:
-        """Continue a prompt.
+        return_details: bool = False,
+    ) -> str | TextStream | Generation | list[str] | list[Generation]:
+        """Continue a prompt, or several at once.
+
+        Several go through the model together, which reads its weights once a step for all of them (in transformers
+        they are computed one after the other). Each ends by itself, and prompt number i is sampled with seed + i, so
+        its text does not depend on the others.
 
         Args:
-            prompt: a string to continue, or chat messages [{"role": …, "content": …}] to answer.
+            prompt: a string to continue, or chat messages [{"role": …, "content": …}] to answer; or a list of either.
             max_new_tokens: how many tokens at most.
-            temperature: 0 is greedy.
-            top_k: see `SamplingParameters`.
-            top_p: see `SamplingParameters`.
-            seed: makes sampling repeatable; None draws a fresh one.
-            stream: return an iterator of pieces of text instead of the whole.
+            temperature: 0 is greedy. This and the next four, in their order: see `SamplingParameters`.
+            top_k: keep the k most likely tokens.
+            top_p: keep the fewest most likely tokens that reach this probability.
+            min_p: keep the tokens at least this many times as likely as the most likely one.
+            repetition_penalty: above 1 makes tokens that are already there less likely; acts before the others.
+            stop: strings before which the text ends.
+            seed: makes sampling repeatable, with as many threads; None draws a fresh one.
+            stream: of one prompt, return an iterator of pieces of text instead of the whole.
+            return_details: return `Generation`s, which know why the text ended and how many tokens it has; a stream
+                has it in its `generation` when it has ended.
+
+        Returns:
+            The text, or a list of texts for a list of prompts.
 
         Raises:
-            ConfigError: an empty prompt or a parameter out of range.
+            ConfigError: an empty prompt, a parameter out of range, or a stream of several prompts.
+        """
+        if stream and return_details:
+            raise ConfigError("return_details: a stream has them in its `generation`, once it has ended")
+        prompts, several = _as_prompts(prompt)
+        if stream and several:
+            raise ConfigError("stream: only one prompt can be streamed, got a list; stream them one by one")
+        parameters = SamplingParameters(temperature, top_k, top_p, min_p, repetition_penalty)
+        begun = [
+            self.continuation(
+                self.encode(one).tolist(),
+                max_new_tokens=max_new_tokens,
+                parameters=parameters,
+                generator=sequence_generator(seed, index),
+                stop=stop,
+            )
+            for index, one in enumerate(prompts)
+        ]
+        room = max(len(one.pending) for one in begun) + max_new_tokens
+        if stream:
+            return TextStream(stream_text(self.engine.session(room), begun[0]))
+        results = continue_together(self.engine.batch(len(begun), room), begun)
+        if several:
+            return results if return_details else [result.text for result in results]
+        return results[0] if return_details else results[0].text
+
+    def continuation(
+        self,
+        ids: Sequence[int],
+        *,
+        max_new_tokens: int,
+        parameters: SamplingParameters,
+        generator: torch.Generator,
+        stop: str | Sequence[str] | None = None,
+        cached: int = 0,
+    ) -> Continuation:
+        """Token ids that this model is to continue, for a session or a batch of its engine.
+
+        Args:
+            ids: at least one.
+            max_new_tokens: how many to generate at most.
+            parameters: how they are chosen.
+            generator: on the CPU, of this sequence alone.
+            stop: strings before which the text ends.
+            cached: how many of the ids the session has had already.
+
+        Raises:
+            ConfigError: less than one new token, or an empty stop string.
         """
         if max_new_tokens < 1:
             raise ConfigError(f"max_new_tokens: expected at least 1, got {max_new_tokens}")
-        generator = torch.Generator()
-        generator.seed() if seed is None else generator.manual_seed(seed)
-        ids = self.encode(prompt).tolist()
-        tokens = generate_tokens(
-            self.engine.session(len(ids) + max_new_tokens),
+        return Continuation(
             ids,
             max_new_tokens=max_new_tokens,
-            parameters=SamplingParameters(temperature, top_k, top_p),
-            generator=generator,
+            sampler=Sampler(parameters, generator, ids),
             stop_ids=self.stop_ids,
+            decode=partial(self.tokenizer.decode, skip_special_tokens=True),
+            stop=parse_stop(stop),
+            cached=cached,
         )
-        pieces = self._pieces(tokens)
-        return pieces if stream else "".join(pieces)
 
-    def _pieces(self, tokens: Iterator[int]) -> Iterator[str]:
-        """Text as it becomes certain: a character may span tokens, so an incomplete one is held back."""
-        pending: list[int] = []
-        shown = 0
-        for token in tokens:
-            pending.append(token)
-            text = self.tokenizer.decode(pending, skip_special_tokens=True)
-            certain = text.rstrip("\ufffd")
-            if len(certain) > shown:
-                yield certain[shown:]
-                shown = len(certain)
-            if text.endswith("\n"):  # a safe place to forget what came before, so decoding stays linear
-                pending, shown = [], 0
-        rest = self.tokenizer.decode(pending, skip_special_tokens=True)[shown:]
-        if rest:
-            yield rest
+
+def _as_prompts(prompt: Any) -> tuple[list[Prompt], bool]:
+    """A prompt, a string or a list of messages, alone in a list; or those of a list of them, and whether it was one."""
+    if isinstance(prompt, str) or not prompt or _is_conversation(prompt):
+        return [prompt], False
+    for one in prompt:
+        if not isinstance(one, str) and not _is_conversation(one):
+            raise ConfigError(
+                "prompt: expected a string, a list of messages with role and content, or a list of either; "
+                f"got a list with {one!r:.80}"
+            )
+    return list(prompt), True
+
+
+def _is_conversation(value: Any) -> bool:
+    return isinstance(value, Sequence) and len(value) > 0 and all(isinstance(message, Mapping) for message in value)

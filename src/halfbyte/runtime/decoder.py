@@ -10,7 +10,7 @@ import torch
 
 from halfbyte.architectures.records import DecoderRecord
 from halfbyte.errors import ConfigError
-from halfbyte.runtime.engine import Session
+from halfbyte.runtime.engine import Batch, SequentialBatch, Session
 from halfbyte.runtime.rotation import Rotations
 
 CACHE_TYPES = ("fp16", "int8")
@@ -132,6 +132,12 @@ class NativeDecoder:
         """See `Engine`."""
         return _DecoderSession(self, self.new_cache(1, tokens))
 
+    def batch(self, sequences: int, tokens: int) -> Batch:
+        """See `Engine`; one native call a step for all of them, where one table of angles is right for all."""
+        if self._rotations.length_dependent:
+            return SequentialBatch([self.session(tokens) for _ in range(sequences)])
+        return _DecoderBatch(self, self.new_cache(sequences, tokens))
+
     def new_cache(self, sequences: int = 1, capacity: int = 2048) -> DecoderCache:
         """An empty cache.
 
@@ -198,6 +204,24 @@ class _DecoderSession:
     def __init__(self, decoder: NativeDecoder, cache: DecoderCache):
         self._decoder, self._cache = decoder, cache
 
+    @property
+    def length(self) -> int:
+        """See `Session`."""
+        return self._cache.lengths[0]
+
     def step(self, ids: Sequence[int]) -> torch.Tensor:
         """See `Session`."""
         return self._decoder.step(self._cache, [ids])[0]
+
+    def rollback(self, tokens: int) -> None:
+        """See `Session`."""
+        self._cache.rollback(0, tokens)
+
+
+class _DecoderBatch:
+    def __init__(self, decoder: NativeDecoder, cache: DecoderCache):
+        self._decoder, self._cache = decoder, cache
+
+    def step(self, tokens: Sequence[Sequence[int]]) -> torch.Tensor:
+        """See `Batch`."""
+        return self._decoder.step(self._cache, tokens)

@@ -7,14 +7,38 @@ from typing import Any, Protocol
 
 import torch
 
+from halfbyte.errors import ConfigError, UnsupportedError
 from halfbyte.runtime.quant_linear import QuantLinear
 
 
 class Session(Protocol):
     """One sequence, and what is cached of it."""
 
+    @property
+    def length(self) -> int:
+        """Tokens in it."""
+
     def step(self, ids: Sequence[int]) -> torch.Tensor:
         """Append token ids, at least one; float32 [vocabulary] on the CPU: the logits of what follows."""
+
+    def rollback(self, tokens: int) -> None:
+        """Forget the last `tokens` tokens.
+
+        Raises:
+            ConfigError: there are not so many.
+            UnsupportedError: this one cannot go back; it is of no use any more.
+        """
+
+
+class Batch(Protocol):
+    """Several sequences that go on together; what one computes does not depend on the others."""
+
+    def step(self, tokens: Sequence[Sequence[int]]) -> torch.Tensor:
+        """Append to each sequence its token ids, possibly none; one at least gets some.
+
+        Returns:
+            float32 [sequences that got tokens, vocabulary] on the CPU: the logits of what follows in each, in order.
+        """
 
 
 class Engine(Protocol):
@@ -37,6 +61,9 @@ class Engine(Protocol):
 
     def session(self, tokens: int) -> Session:
         """An empty sequence with room for `tokens` tokens."""
+
+    def batch(self, sequences: int, tokens: int) -> Batch:
+        """Empty sequences, each with room for `tokens` tokens."""
 
 
 class TransformersEngine:
@@ -82,6 +109,10 @@ class TransformersEngine:
         del tokens
         return _TransformersSession(self.network, self.device)
 
+    def batch(self, sequences: int, tokens: int) -> Batch:
+        """See `Engine`; the sequences are computed one after the other."""
+        return SequentialBatch([self.session(tokens) for _ in range(sequences)])
+
 
 class _TransformersSession:
     def __init__(self, network: Any, device: torch.device):
@@ -89,12 +120,42 @@ class _TransformersSession:
 
         self._network, self._device = network, device
         self._cache = DynamicCache(config=network.config)
+        self._whole = True  # whether every layer has come as far as `length`
+        self.length = 0
 
     @torch.inference_mode()
     def step(self, ids: Sequence[int]) -> torch.Tensor:
         """See `Session`."""
         step = torch.tensor([list(ids)], device=self._device)
+        self._whole = False
         result: torch.Tensor = self._network(
             input_ids=step, past_key_values=self._cache, use_cache=True, logits_to_keep=1
         ).logits[0, -1]
+        self._whole, self.length = True, self.length + len(ids)
         return result.float().cpu()
+
+    def rollback(self, tokens: int) -> None:
+        """See `Session`; sliding windows that are full and recurrent states cannot go back."""
+        if not 0 <= tokens <= self.length:
+            raise ConfigError(f"rollback: expected 0 to {self.length} tokens, got {tokens}")
+        if not self._whole:
+            raise UnsupportedError("rollback: a step was interrupted half-way")
+        if tokens == 0:
+            return
+        try:
+            self._cache.crop(-tokens)
+        except (RuntimeError, ValueError) as error:
+            raise UnsupportedError(f"rollback: transformers' cache cannot go back ({error})") from None
+        self.length -= tokens
+
+
+class SequentialBatch:
+    """A `Batch` of sessions that compute one after the other."""
+
+    def __init__(self, sessions: list[Session]):
+        self._sessions = sessions
+
+    def step(self, tokens: Sequence[Sequence[int]]) -> torch.Tensor:
+        """See `Batch`."""
+        pairs = zip(self._sessions, tokens, strict=True)
+        return torch.stack([session.step(new) for session, new in pairs if new])

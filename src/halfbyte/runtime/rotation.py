@@ -14,6 +14,9 @@ FIRST_POSITIONS = 512
 class Rotations:
     """The tables of one model.
 
+    Attributes:
+        length_dependent: whether a position's angles depend on how long the sequence is.
+
     Args:
         module: transformers' rotary embedding of the model.
         kinds: layer types with angles of their own, or ("",) where all layers turn alike.
@@ -25,7 +28,7 @@ class Rotations:
         self._length = 0  # positions in the tables
         self._made_for = 0  # length of the sequence they are right for, where that matters
         types = module.rope_type.values() if isinstance(module.rope_type, dict) else [module.rope_type]
-        self._dependent = any(kind in LENGTH_DEPENDENT for kind in types)
+        self.length_dependent = any(kind in LENGTH_DEPENDENT for kind in types)
 
     @property
     def pairs(self) -> int:
@@ -35,7 +38,7 @@ class Rotations:
 
     def update(self, decoder: Any, length: int) -> None:
         """See to it that the native decoder's tables are right for a sequence of `length` tokens."""
-        if self._dependent:
+        if self.length_dependent:
             if length == self._made_for:
                 return
             made, table = length, length

@@ -1,1 +1,1 @@
-"""From logits to a token: temperature, top-k, top-p."""
+"""From logits to a token: repetition penalty, temperature, top-k, top-p, min-p, one draw."""

@@ -1,0 +1,25 @@
+"""The options of the verbs that generate text, and of those that load a model to run."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+ModelArgument = Annotated[str, typer.Argument(help="A folder, sample:NAME, or a hub name.")]
+Temperature = Annotated[float, typer.Option(help="0 is greedy.")]
+TopK = Annotated[int | None, typer.Option(help="Keep the k most likely tokens.")]
+TopP = Annotated[float | None, typer.Option(help="Keep the most likely tokens up to this probability.")]
+MinP = Annotated[
+    float | None, typer.Option(help="Keep the tokens at least this many times as likely as the most likely one.")
+]
+RepetitionPenalty = Annotated[
+    float, typer.Option(help="Above 1: tokens already in the prompt or the text become less likely.")
+]
+Stop = Annotated[list[str] | None, typer.Option(help="End before this string; may be given several times.")]
+Seed = Annotated[int | None, typer.Option(help="Makes sampling repeatable.")]
+Device = Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")]
+Backend = Annotated[str, typer.Option(help="auto, decoder, transformers, or a kernel of `halfbyte backends`.")]
+Compute = Annotated[str, typer.Option(help="Activations of the decoder: a8 (8 bits), a16, or auto.")]
+HeadBits = Annotated[str, typer.Option(help="Output head of the decoder: 16, 8, 6, 4, or auto.")]
+Cache = Annotated[str, typer.Option(help="Keys and values of the decoder: fp16, int8, or auto.")]
