@@ -146,6 +146,7 @@ def test_several_prompts_take_one_call_a_step(model: halfbyte.Model, monkeypatch
         (["a", "b"], {"stream": True}, "^stream: only one prompt"),
         (["a", {"role": "user", "content": "b"}], {}, "^prompt: expected a string, a list of messages"),
         (["a", ""], {}, "^prompt: empty"),
+        ("a \udcff", {}, r"^prompt: not UTF-8 text \(character 2\)"),
         ([], {}, "^prompt: empty"),
         ("a", {"stream": True, "return_details": True}, "^return_details: a stream"),
         ("a", {"stop": ""}, "^stop: expected"),

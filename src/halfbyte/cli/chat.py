@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from halfbyte.cli import options
-from halfbyte.cli.render import describe_generation, parse_head_bits
+from halfbyte.cli.render import decode_input, describe_generation, parse_head_bits
 from halfbyte.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -72,7 +72,7 @@ def command(
         context=context,
     )
     interactive = sys.stdin.isatty() and sys.stdout.isatty()
-    for line in _typed() if interactive else _piped():
+    for line in _typed() if interactive else map(decode_input, sys.stdin.buffer):
         text = line.strip()
         if text == "/exit":
             return
@@ -96,13 +96,6 @@ def _typed() -> Iterator[str]:
             print()
             return
         yield line
-
-
-def _piped() -> Iterator[str]:
-    try:
-        yield from sys.stdin
-    except UnicodeDecodeError as error:
-        raise ConfigError(f"standard input: not UTF-8 text (byte {error.start}); convert it first") from None
 
 
 def _answer_or_say_why_not(chat: Chat, text: str, json: bool) -> None:

@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from halfbyte.cli import options
-from halfbyte.cli.render import JsonFlag, describe_generation, parse_head_bits, print_json
+from halfbyte.cli.render import JsonFlag, decode_input, describe_generation, parse_head_bits, print_json
 
 
 def command(
@@ -43,7 +43,7 @@ def command(
     # Refuse a bad value before loading anything.
     SamplingParameters(temperature, top_k, top_p, min_p, repetition_penalty)
     stops = parse_stop(stop)
-    text = sys.stdin.read() if prompt == "-" else prompt
+    text = decode_input(sys.stdin.buffer.read()) if prompt == "-" else prompt
     bits = parse_head_bits(head_bits)
     loaded = load(model, device=device, backend=backend, compute=compute, head_bits=bits, cache=cache)
     pieces = loaded.generate(

@@ -61,6 +61,14 @@ def print_table(columns: Sequence[str], rows: Iterable[Sequence[object]], title:
     Console(soft_wrap=not sys.stdout.isatty()).print(table)
 
 
+def decode_input(data: bytes) -> str:
+    """Text from standard input, whatever the locale: UTF-8."""
+    try:
+        return data.decode()
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"standard input: not UTF-8 text (byte {error.start}); convert it first") from None
+
+
 def describe_generation(generation: Generation) -> dict[str, Any]:
     """The text, why it ended, and how many tokens in how many seconds."""
     return {

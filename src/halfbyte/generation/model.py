@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from functools import cached_property, partial
 from pathlib import Path
 from typing import Any, Literal, TypedDict, Unpack, overload
@@ -137,6 +137,9 @@ class Model:
         """
         if not prompt:
             raise ConfigError("prompt: empty; give at least one character")
+        _check_text(
+            [prompt] if isinstance(prompt, str) else [value for message in prompt for value in message.values()]
+        )
         if isinstance(prompt, str):
             ids = self.tokenizer(prompt)["input_ids"]
         elif self.tokenizer.chat_template is None:
@@ -274,6 +277,15 @@ class Model:
             stop=parse_stop(stop),
             cached=cached,
         )
+
+
+def _check_text(texts: Iterable[Any]) -> None:
+    """Refuse what bytes that are no UTF-8 become on a command line, before the tokenizer does so in its own words."""
+    for text in texts:
+        try:
+            str(text).encode()
+        except UnicodeEncodeError as error:
+            raise ConfigError(f"prompt: not UTF-8 text (character {error.start}); convert it first") from None
 
 
 def _as_prompts(prompt: Any) -> tuple[list[Prompt], bool]:
