@@ -10,7 +10,7 @@ import torch
 
 from halfbyte.architectures.records import DecoderRecord
 from halfbyte.errors import ConfigError
-from halfbyte.runtime.engine import Session
+from halfbyte.runtime.engine import Session, check_room
 from halfbyte.runtime.rotation import Rotations
 
 
@@ -58,6 +58,7 @@ class NativeDecoder:
         head_bits: of the output head.
         forms: native form → number of matrices in it.
         nbytes: of the weights held, the embedding included.
+        max_tokens: most tokens a session may have; None for any number.
     """
 
     def __init__(
@@ -77,6 +78,7 @@ class NativeDecoder:
         self._keep = list(keep)  # weights the native side reads in place
         self.record = record
         self.compute, self.head_bits, self.forms, self.nbytes = compute, head_bits, forms, nbytes
+        self.max_tokens: int | None = None
 
     name = "decoder"
 
@@ -97,6 +99,7 @@ class NativeDecoder:
 
     def session(self, tokens: int) -> Session:
         """See `Engine`."""
+        check_room(tokens, self.max_tokens)
         return _DecoderSession(self, self.new_cache(1, tokens))
 
     def new_cache(self, sequences: int = 1, capacity: int = 2048) -> DecoderCache:
