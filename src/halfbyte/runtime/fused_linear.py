@@ -16,54 +16,57 @@ from halfbyte.runtime.quant_linear import QuantLinear
 from halfbyte.tensor import QuantizedTensor
 
 
-@dataclass(eq=False)
-class _Held:
-    """What was computed of one input and not all fetched yet. It keeps the input alive, so `is` cannot be fooled."""
-
-    x: torch.Tensor
-    state: tuple[bool, bool, int]
-    slices: list[torch.Tensor | None]
-
-
-class SharedProduct(nn.Module):
+class SharedProduct:
     """Ŵ of several linears, one below the other, and the rest of the last result until it is fetched.
 
     A slice is handed out once, and only for the very tensor it was computed of: unchanged since, with the same wish for
-    a gradient. In any other case all is computed anew, so what is held can be useless, never wrong. When the last slice
-    is fetched nothing is held.
+    a gradient. In any other case all is computed anew, so what is held can be useless, never wrong. The input is held
+    with it: an identity means something only while the tensor lives. When the last slice is fetched nothing is held.
 
     Args:
         linear: the linears, stacked.
         sizes: how many rows each of them has.
     """
 
+    # No `nn.Module`: setting an attribute of one costs more than all the rest of `take`.
     def __init__(self, linear: QuantLinear, sizes: Sequence[int]):
-        super().__init__()
         self.linear, self.sizes = linear, tuple(sizes)
         self._held: _Held | None = None
 
     def take(self, index: int, x: torch.Tensor) -> torch.Tensor:
-        """x [..., in] → y [..., sizes[index]] of linear number `index`."""
-        if torch.compiler.is_compiling():  # a graph has no memory from call to call; equal products are merged in it
+        """x [..., in] → y [..., sizes[index]] of linear number `index`, contiguous as a linear's."""
+        if torch.compiler.is_compiling():  # a graph has no memory from call to call; it merges equal products itself
             return self.linear(x).split_with_sizes(self.sizes, -1)[index].contiguous()
-        state = _state(x)
-        held = self._held  # of this call alone: another thread may replace the attribute at any moment
-        if held is None or held.x is not x or held.state != state or held.slices[index] is None:
-            held = self._held = _Held(x, state, self._compute(x, tracked=state[0]))
-        y = held.slices[index]
-        assert y is not None
+        tracked = x.requires_grad and torch.is_grad_enabled()
+        state = (tracked, torch.is_inference_mode_enabled(), -1 if x.is_inference() else x._version)
+        held = self._held  # read once: another thread may replace the attribute at any moment
+        y = held.slices[index] if held is not None and held.x is x and held.state == state else None
+        if held is None or y is None:
+            held = self._held = _Held(x, state, self._compute(x, tracked=tracked), len(self.sizes))
+            y = held.slices[index]
+            assert y is not None
         held.slices[index] = None
-        if not any(part is not None for part in held.slices) and self._held is held:
+        held.waiting -= 1
+        if not held.waiting:
             self._held = None
-        # What a linear returns is contiguous, and some models rely on it; one row is, as it stands.
-        return y.contiguous()
+        return y
 
     def _compute(self, x: torch.Tensor, *, tracked: bool) -> list[torch.Tensor | None]:
-        y = self.linear(x)
-        if not tracked:
-            return list(y.split_with_sizes(self.sizes, -1))  # the cheapest, but autograd forbids to change its views
-        starts = [sum(self.sizes[:index]) for index in range(len(self.sizes))]
-        return [y.narrow(-1, start, size) for start, size in zip(starts, self.sizes, strict=True)]
+        y = self.linear.forward(x)
+        if tracked:  # `split` would be cheaper, but autograd forbids to change its views in place
+            starts = [sum(self.sizes[:index]) for index in range(len(self.sizes))]
+            return [y.narrow(-1, at, size).contiguous() for at, size in zip(starts, self.sizes, strict=True)]
+        parts = y.split_with_sizes(self.sizes, -1)
+        # Parts of a single row are contiguous as they stand.
+        return list(parts) if x.numel() == x.shape[-1] else [part.contiguous() for part in parts]
+
+
+@dataclass(eq=False, slots=True)
+class _Held:
+    x: torch.Tensor
+    state: tuple[bool, bool, int]
+    slices: list[torch.Tensor | None]
+    waiting: int
 
 
 class FusedSlice(nn.Module):
@@ -74,12 +77,14 @@ class FusedSlice(nn.Module):
         out_features: rows of Ŵ, of this linear alone.
         product: shared with the others.
         index: which of them it is.
+        stacked: the linear of that product, a submodule of every slice.
     """
 
     def __init__(self, product: SharedProduct, index: int):
         super().__init__()
         self.in_features, self.out_features = product.linear.in_features, product.sizes[index]
         self.product, self.index = product, index
+        self.stacked = product.linear
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """x [..., in] → [..., out], in x's dtype."""
@@ -128,9 +133,3 @@ def stack(parts: Sequence[QuantizedTensor]) -> QuantizedTensor:
         kept_columns=first.kept_columns,
         kept_weight=torch.cat(kept) if kept else None,
     )
-
-
-def _state(x: torch.Tensor) -> tuple[bool, bool, int]:
-    """What besides its identity decides whether a result of x serves: gradient, mode, in-place changes so far."""
-    tracked = x.requires_grad and torch.is_grad_enabled()
-    return tracked, torch.is_inference_mode_enabled(), -1 if x.is_inference() else x._version

@@ -1,4 +1,4 @@
-"""RMSNorm as one torch call, where an experiment proves it equal to the module it replaces.
+"""RMSNorm as one call, where an experiment proves it equal to the module it replaces.
 
 A transformers RMSNorm is six operations of a few microseconds each. Architectures write it in their own ways, (1 + w)
 for w, or rounding before the weight rather than after; so candidates are tried on random input, not looked up.
@@ -12,9 +12,11 @@ from collections.abc import Callable
 import torch
 from torch import nn
 
+from halfbyte.device.cpu import pick_tier
+from halfbyte.kernels.rms_norm import rms_norm
+
 Form = Callable[[torch.Tensor, torch.Tensor, float], torch.Tensor]
 
-# Zhang and Sennrich, "Root Mean Square Layer Normalization" (2019), eq. 4, in three dialects.
 _EPSILONS = ("variance_epsilon", "eps", "epsilon")
 # Sums in another order: a few units in the last place of fp32. In 16 bit, where such a difference is rounded away, none.
 _TOLERANCE = 8 * torch.finfo(torch.float32).eps
@@ -32,11 +34,12 @@ def _rounded_first(x: torch.Tensor, weight: torch.Tensor, epsilon: float) -> tor
     return weight * nn.functional.rms_norm(x.float(), weight.shape, None, epsilon).to(x.dtype)
 
 
+# The three dialects of architectures; all but the last differ from each other in fp32, too.
 _FORMS: tuple[Form, ...] = (_plain, _offset, _rounded_first)
 
 
 class FusedNorm(nn.Module):
-    """An RMSNorm in one call.
+    """An RMSNorm in one call: native in fp32 on the CPU where no gradient is wanted, else torch's.
 
     Attributes:
         weight: [channels], that of the module it replaces.
@@ -47,14 +50,20 @@ class FusedNorm(nn.Module):
         super().__init__()
         self.weight, self.epsilon = weight, epsilon
         self._form = form
+        self._tier = pick_tier()
         self._original = (original,)  # in a tuple, so that it is no submodule and the weight keeps its one name
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """x [..., channels] → the same shape."""
-        if x.dtype != self.weight.dtype:  # the proof was in the weight's dtype
+        """x [..., channels] → the same shape and dtype."""
+        weight = self.weight
+        if x.dtype != weight.dtype or x.shape[-1:] != weight.shape:  # the proof was in the weight's dtype
             y: torch.Tensor = self._original[0](x)
             return y
-        return self._form(x, self.weight, self.epsilon)
+        tracked = torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad)
+        if tracked or x.dtype != torch.float32 or not (x.is_cpu and weight.is_cpu) or torch.compiler.is_compiling():
+            return self._form(x, weight, self.epsilon)
+        scale = weight + 1.0 if self._form is _offset else weight
+        return rms_norm(x, scale, self.epsilon, self._tier)
 
     def extra_repr(self) -> str:
         """Width and epsilon, as `print(model)` shows them."""
@@ -77,21 +86,22 @@ def fuse_norm(module: nn.Module) -> FusedNorm | None:
     """The one call that computes what `module` does; None if none was proven to."""
     epsilon, weight = _epsilon(module), module.weight
     assert isinstance(weight, nn.Parameter)
-    if epsilon is None or weight.ndim != 1:
+    if epsilon is None or weight.ndim != 1 or not weight.is_contiguous():
         return None
     for form in _FORMS:
-        if _proven(module, weight, epsilon, form):
-            return FusedNorm(module, weight, epsilon, form)
+        fused = FusedNorm(module, weight, epsilon, form)
+        if _equal(module, lambda x, form=form: form(x, weight, epsilon), weight) and _equal(module, fused, weight):
+            return fused
     return None
 
 
 @torch.no_grad()
-def _proven(module: nn.Module, weight: nn.Parameter, epsilon: float, form: Form) -> bool:
-    """Random inputs of three magnitudes: at 1e-3 the epsilon counts, at 1e2 a clamp would."""
+def _equal(module: nn.Module, candidate: Callable[[torch.Tensor], torch.Tensor], weight: torch.Tensor) -> bool:
+    """On random inputs of three magnitudes: at 1e-3 the epsilon counts, at 1e2 a clamp would."""
     generator = torch.Generator().manual_seed(0)
     for size in (1.0, 1e-3, 1e2):
         x = (size * torch.randn(2, 5, weight.numel(), generator=generator)).to(weight.device, weight.dtype)
-        expected, found = module(x), form(x, weight, epsilon)
+        expected, found = module(x), candidate(x)
         if found.dtype != expected.dtype or found.shape != expected.shape:
             return False
         if weight.dtype != torch.float32:
