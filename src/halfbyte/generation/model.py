@@ -112,6 +112,23 @@ class Model:
             raise UnsupportedError(f'{self.folder}: the fused decoder runs it; load it with backend="transformers"')
         return self.engine.network
 
+    def with_lora(self, config: Any) -> Any:
+        """`network` with LoRA adapters in it, for training; the 4-bit base stays as it is.
+
+        Args:
+            config: a `peft.LoraConfig`, such as LoraConfig(target_modules=["q_proj", "v_proj"]).
+
+        Returns:
+            A `peft.PeftModel`. This model computes with the adapters from now on.
+
+        Raises:
+            ConfigError: not a `LoraConfig`, or it names no linear of the network.
+            UnsupportedError: peft is missing, or the fused decoder runs the model.
+        """
+        from halfbyte.runtime.lora import with_lora
+
+        return with_lora(self.network, config)
+
     @cached_property
     def tokenizer(self) -> Any:
         """The Hugging Face tokenizer of the folder."""

@@ -78,6 +78,7 @@ class FusedSlice(nn.Module):
         product: shared with the others.
         index: which of them it is.
         stacked: the linear of that product, a submodule of every slice.
+        qweight: see `QuantLinear`.
     """
 
     def __init__(self, product: SharedProduct, index: int):
@@ -85,6 +86,7 @@ class FusedSlice(nn.Module):
         self.in_features, self.out_features = product.linear.in_features, product.sizes[index]
         self.product, self.index = product, index
         self.stacked = product.linear
+        self.qweight = product.linear.qweight
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """x [..., in] → [..., out], in x's dtype."""
