@@ -202,7 +202,8 @@ class LinearFuser:
                 if reason is None:
                     one[path] = weight
                     break
-                why[path] = why[other] = reason
+                why[path] = reason
+                why.setdefault(other, reason)
             else:
                 sets.append({path: weight})
         self.left |= {path: why[path] for one in sets if len(one) == 1 for path in one}

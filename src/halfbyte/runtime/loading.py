@@ -213,6 +213,7 @@ class _Builder:
 
     def run(self, where: Placement) -> tuple[TransformersEngine, Fusion | None]:
         """Fill the network; what runs it, and what was fused."""
+        where.check(self.network)
         fuser = None if self.options is None else self._fuser(self.options, where)
         self._place_quantized(where, fuser)
         fill(self.network, "", self.tensors)

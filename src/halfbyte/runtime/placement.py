@@ -58,6 +58,15 @@ class Placement:
             raise ConfigError(f"device_map: says nothing of {path}; add it, or a module around it")
         return self.devices[part]
 
+    def check(self, network: nn.Module) -> None:
+        """Refuse a map that leaves a parameter out.
+
+        Raises:
+            ConfigError: the first of them.
+        """
+        for name, _ in network.named_parameters():
+            self.device_of(name)
+
     def place(self, network: Any) -> None:
         """Move every part to its device, and activations to the part that needs them."""
         if len(set(self.devices.values())) == 1:
@@ -69,9 +78,9 @@ class Placement:
         log.setLevel(logging.ERROR)  # it announces parameters on the meta device; with the CPU as main device none are
         try:
             # The main device is where offloaded weights would be brought to. "cpu" says that those on the CPU stay.
-            names = {path: str(device) for path, device in self.devices.items()}
+            names = {path: "cpu" if d.type == "cpu" else str(d) for path, d in self.devices.items()}
             skip = getattr(network, "_skip_keys_device_placement", None)
-            dispatch_model(network, names, main_device="cpu", skip_keys=skip)
+            dispatch_model(network, names, main_device="cpu", skip_keys=skip, force_hooks=True)
         finally:
             log.setLevel(level)
 
