@@ -15,7 +15,9 @@ from halfbyte.tensor import QuantizedTensor
 ROWS = (48, 16, 24)
 
 
-def make(rows: int, seed: int = 0, *, columns: int = 64, bias: bool = True, bits: int = 4, group: int = 32) -> QuantizedTensor:
+def make(
+    rows: int, seed: int = 0, *, columns: int = 64, bias: bool = True, bits: int = 4, group: int = 32
+) -> QuantizedTensor:
     generator = torch.Generator().manual_seed(seed)
     groups = columns // group
     return QuantizedTensor(
@@ -58,7 +60,9 @@ def products(monkeypatch: pytest.MonkeyPatch) -> list[torch.Tensor]:
 
 @pytest.mark.parametrize("shape", [(64,), (1, 1, 64), (2, 7, 64), (1, 130, 64), (2, 0, 64)])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_one_product_gives_the_bits_of_three(shape: tuple[int, ...], dtype: torch.dtype, products: list[torch.Tensor]) -> None:
+def test_one_product_gives_the_bits_of_three(
+    shape: tuple[int, ...], dtype: torch.dtype, products: list[torch.Tensor]
+) -> None:
     x = torch.randn(shape, generator=torch.Generator().manual_seed(1)).to(dtype)
     expected = [linear(x) for linear in alone()]
     assert len(products) == 3
@@ -214,7 +218,9 @@ def test_threads_do_not_get_each_others_results() -> None:
     expected = [[linear(x) for linear in linears] for x in inputs]
     with ThreadPoolExecutor(4) as pool:
         found = list(pool.map(lambda x: [part(x) for part in parts], inputs))
-    assert all(torch.equal(a, b) for one, other in zip(found, expected, strict=True) for a, b in zip(one, other, strict=True))
+    assert all(
+        torch.equal(a, b) for one, other in zip(found, expected, strict=True) for a, b in zip(one, other, strict=True)
+    )
 
 
 def test_it_compiles_into_one_graph() -> None:

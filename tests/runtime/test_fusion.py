@@ -78,7 +78,11 @@ def test_what_is_found_saves_products_and_changes_nothing(
     quantized: tuple[str, Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     name, folder = quantized
-    plain, fused, linears = load(folder), load(folder, fuse_layers=True), load(folder, fuse_layers=True, modules_to_fuse=["attention", "mlp"])
+    plain, fused, linears = (
+        load(folder),
+        load(folder, fuse_layers=True),
+        load(folder, fuse_layers=True, modules_to_fuse=["attention", "mlp"]),
+    )
     products, norms, saved = FOUND[name]
     assert kinds(fused) == products
     assert fused.fused is not None

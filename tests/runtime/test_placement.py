@@ -1,4 +1,4 @@
-"""Which part of a model is where. Without a GPU "cpu" and "cpu:0" are two devices, so that accelerate's hooks are real."""
+"""Which part of a model is where. Without a GPU "cpu" and "cpu:0" are two devices: accelerate's hooks are real."""
 
 from __future__ import annotations
 
@@ -28,7 +28,8 @@ def load(folder: Path, **settings: Any) -> halfbyte.Model:
 
 @pytest.mark.parametrize("fuse", [False, True])
 @pytest.mark.parametrize(
-    "settings", [{"device_map": "cpu"}, {"device_map": {"": "cpu"}}, {"device_map": SPLIT}, {"max_memory": {"cpu": "1GB"}}]
+    "settings",
+    [{"device_map": "cpu"}, {"device_map": {"": "cpu"}}, {"device_map": SPLIT}, {"max_memory": {"cpu": "1GB"}}],
 )
 def test_a_placed_model_computes_the_same(quantized_llama: Path, settings: dict[str, Any], fuse: bool) -> None:
     plain = load(quantized_llama, fuse_layers=fuse)

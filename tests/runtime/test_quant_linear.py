@@ -64,7 +64,9 @@ def test_gradient_is_that_of_every_field(backend: str, field: str) -> None:
     generator = torch.Generator().manual_seed(2)
     quantized = {
         "input_scale": lambda w: replace(w, input_scale=torch.rand(64, generator=generator) + 0.5),
-        "group_index": lambda w: replace(w, group_index=torch.randint(2, (64,), generator=generator, dtype=torch.int32)),
+        "group_index": lambda w: replace(
+            w, group_index=torch.randint(2, (64,), generator=generator, dtype=torch.int32)
+        ),
         "kept columns": lambda w: replace(
             w,
             kept_columns=torch.tensor([1, 33], dtype=torch.int32),

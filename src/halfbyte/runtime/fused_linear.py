@@ -36,7 +36,9 @@ class SharedProduct:
     def take(self, index: int, x: torch.Tensor) -> torch.Tensor:
         """x [..., in] → y [..., sizes[index]] of linear number `index`, contiguous as a linear's."""
         if torch.compiler.is_compiling():  # a graph has no memory from call to call; it merges equal products itself
-            return self.linear(x).split_with_sizes(self.sizes, -1)[index].contiguous()
+            whole: torch.Tensor = self.linear(x)
+            parts: tuple[torch.Tensor, ...] = whole.split_with_sizes(self.sizes, -1)
+            return parts[index].contiguous()
         tracked = x.requires_grad and torch.is_grad_enabled()
         state = (tracked, torch.is_inference_mode_enabled(), -1 if x.is_inference() else x._version)
         held = self._held  # read once: another thread may replace the attribute at any moment

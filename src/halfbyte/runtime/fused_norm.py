@@ -18,7 +18,7 @@ from halfbyte.kernels.rms_norm import rms_norm
 Form = Callable[[torch.Tensor, torch.Tensor, float], torch.Tensor]
 
 _EPSILONS = ("variance_epsilon", "eps", "epsilon")
-# Sums in another order: a few units in the last place of fp32. In 16 bit, where such a difference is rounded away, none.
+# Sums in another order: a few units in the last place of fp32. In 16 bit rounding hides that: not a bit may differ.
 _TOLERANCE = 8 * torch.finfo(torch.float32).eps
 
 
@@ -61,9 +61,13 @@ class FusedNorm(nn.Module):
             return y
         tracked = torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad)
         if tracked or x.dtype != torch.float32 or not (x.is_cpu and weight.is_cpu) or torch.compiler.is_compiling():
-            return self._form(x, weight, self.epsilon)
+            return self.by_torch(x)
         scale = weight + 1.0 if self._form is _offset else weight
         return rms_norm(x, scale, self.epsilon, self._tier)
+
+    def by_torch(self, x: torch.Tensor) -> torch.Tensor:
+        """The same by torch alone, with a gradient."""
+        return self._form(x, self.weight, self.epsilon)
 
     def extra_repr(self) -> str:
         """Width and epsilon, as `print(model)` shows them."""
@@ -71,7 +75,7 @@ class FusedNorm(nn.Module):
 
 
 def is_norm(module: nn.Module) -> bool:
-    """Whether a module looks like an RMSNorm of its own making: one vector, an epsilon, one argument, "norm" in its name."""
+    """Whether a module looks like an RMSNorm of its makers' own: a vector, an epsilon, one argument, "norm" by name."""
     names = [name for name, _ in module.named_parameters()]
     return (
         names == ["weight"]
@@ -90,7 +94,7 @@ def fuse_norm(module: nn.Module) -> FusedNorm | None:
         return None
     for form in _FORMS:
         fused = FusedNorm(module, weight, epsilon, form)
-        if _equal(module, lambda x, form=form: form(x, weight, epsilon), weight) and _equal(module, fused, weight):
+        if _equal(module, fused.by_torch, weight) and _equal(module, fused, weight):
             return fused
     return None
 

@@ -283,7 +283,9 @@ def shared_inputs(network: Any, linears: Mapping[str, int]) -> list[tuple[str, .
             torch.func.functional_call(body, hollow, kwargs=kwargs)
     except Exception as error:  # every architecture fails in a way of its own
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise UnsupportedError(f"fuse_layers: {type(network).__name__} cannot be traced: {reason}; load it without") from error
+        raise UnsupportedError(
+            f"fuse_layers: {type(network).__name__} cannot be traced: {reason}; load it without"
+        ) from error
     finally:
         for path, module in originals.items():
             network.set_submodule(path, module)

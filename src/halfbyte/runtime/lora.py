@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import warnings
 from typing import Any
 
 from halfbyte.errors import ConfigError, UnsupportedError
@@ -38,10 +39,14 @@ def with_lora(network: Any, config: Any) -> Any:
         """peft's own, which reads `base_layer.weight` to merge; there is none."""
 
         def merge(self, *_: Any, **__: Any) -> None:
-            raise UnsupportedError("LoRA: an adapter cannot be merged into codes; keep it beside them, by save_pretrained")
+            raise UnsupportedError(
+                "LoRA: an adapter cannot be merged into codes; keep it beside them, by save_pretrained"
+            )
 
     config._register_custom_module({QuantLinear: Adapter, FusedSlice: Adapter})
     try:
-        return peft.get_peft_model(network, config)
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "Unsupported layer type")  # said of every class that is not peft's own
+            return peft.get_peft_model(network, config)
     except ValueError as error:
         raise ConfigError(f"lora: {str(error).strip().splitlines()[0]}") from error

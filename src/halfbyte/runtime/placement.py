@@ -106,7 +106,9 @@ def read_placement(device: str, device_map: DeviceMap | None, max_memory: MaxMem
     if isinstance(wanted, str) and wanted in AUTOMATIC:
         return wanted
     if max_memory is not None:
-        raise ConfigError(f"max_memory: only with device_map {', '.join(AUTOMATIC)}; a map of your own has the last word")
+        raise ConfigError(
+            f"max_memory: only with device_map {', '.join(AUTOMATIC)}; a map of your own has the last word"
+        )
     named = {"": wanted} if isinstance(wanted, str) else dict(wanted)
     if "disk" in named.values():
         raise UnsupportedError('device_map: "disk": weights are not kept on the disk; use "cpu" or a GPU')

@@ -29,19 +29,22 @@ def roomy_cache(config: Any, room: int) -> Any:
     class RoomyLayer(DynamicLayer):  # type: ignore[misc]
         """`keys` and `values`, as transformers reads them, are views of the filled part of the room."""
 
+        keys: torch.Tensor
+        values: torch.Tensor
+
         def update(self, key_states: torch.Tensor, value_states: torch.Tensor, *_: Any, **__: Any) -> Any:
+            new = (key_states, value_states)
             if not self.is_initialized:
                 self.lazy_initialization(key_states, value_states)
-                self._room = tuple(new.new_empty((*new.shape[:2], room, new.shape[3])) for new in (key_states, value_states))
-                filled = 0
-            else:
-                filled = self.keys.shape[-2]
+                self._whole = tuple(part.new_empty((*part.shape[:2], room, part.shape[3])) for part in new)
+                self.keys, self.values = (whole[..., :0, :] for whole in self._whole)
+            filled = self.keys.shape[-2]
             end = filled + key_states.shape[-2]
             if end > room:
                 raise ConfigError(f"context: {end} tokens do not fit into a cache of {room}")
-            for whole, new in zip(self._room, (key_states, value_states), strict=True):
-                whole[..., filled:end, :] = new
-            self.keys, self.values = (whole[..., :end, :] for whole in self._room)
+            for whole, part in zip(self._whole, new, strict=True):
+                whole[..., filled:end, :] = part
+            self.keys, self.values = (whole[..., :end, :] for whole in self._whole)
             return self.keys, self.values
 
     cache = DynamicCache(config=config)
