@@ -147,6 +147,17 @@ void try_range(std::uintptr_t weights, std::uintptr_t grams, std::uintptr_t proj
     parallel(groups, work, [&](int begin, int end) { picked.try_range(trial, begin, end); });
 }
 
+// Addresses of tensors that runtime/fused_norm.py has just checked.
+void norm_rows(std::uintptr_t x, std::uintptr_t weight, std::uintptr_t y, std::size_t count, int channels, float epsilon,
+               const std::string& tier) {
+    if (channels < 1 || count % static_cast<std::size_t>(channels) != 0) throw nb::value_error("rms_norm: bad arguments");
+    const Tier& picked = tier_named(tier);
+    nb::gil_scoped_release release;
+    for (std::size_t at = 0; at < count; at += static_cast<std::size_t>(channels))
+        picked.math.rms_norm(reinterpret_cast<const float*>(x) + at, reinterpret_cast<const float*>(weight), channels,
+                             epsilon, reinterpret_cast<float*>(y) + at);
+}
+
 std::shared_ptr<Linear> make_a8(Codes codes, Floats2 scales, Codes zeros, std::optional<Floats1> bias,
                                 const std::string& tier, int bits) {
     const std::size_t rows = codes.shape(0), cols = codes.shape(1), groups = scales.shape(1);
@@ -304,6 +315,7 @@ NB_MODULE(_native, m) {
 
     m.def("half_multiply", &half_product, "weight"_a, "dtype"_a, "rows"_a, "cols"_a, "bias"_a, "x"_a, "y"_a, "m"_a, "tier"_a);
 
+    m.def("rms_norm", &norm_rows, "x"_a, "weight"_a, "y"_a, "count"_a, "channels"_a, "epsilon"_a, "tier"_a);
     m.def("round_block", &round_block, "work"_a, "couplings"_a, "pivots"_a, "scales"_a, "zeros"_a, "codes"_a, "moved"_a,
           "rows"_a, "stride"_a, "columns"_a, "max_code"_a, "revisit"_a, "tier"_a);
     m.def("try_range", &try_range, "weights"_a, "grams"_a, "projections"_a, "scales"_a, "zeros"_a, "quadratic"_a, "linear"_a,

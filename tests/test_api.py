@@ -31,7 +31,10 @@ def test_the_signatures_promised_in_0_1() -> None:
         "model", "output_dir", "config", "calibration", "max_calib_samples", "max_calib_seq_len", "seed", "device",
         "memory_budget", "ray", "overwrite", "progress",
     ]  # fmt: skip
-    assert list(inspect.signature(halfbyte.load).parameters) == ["path", "device", "backend", "compute", "head_bits", "cache"]
+    assert list(inspect.signature(halfbyte.load).parameters) == [
+        "path", "device", "backend", "compute", "head_bits", "cache", "fuse_layers", "modules_to_fuse",
+        "fuse_max_seq_len", "device_map", "max_memory",
+    ]  # fmt: skip
     assert list(inspect.signature(halfbyte.perplexity).parameters) == ["model", "text", "window"]
     generate = inspect.signature(halfbyte.Model.generate).parameters
     assert set(generate) >= {"prompt", "max_new_tokens", "temperature", "top_k", "top_p", "seed", "stream"}

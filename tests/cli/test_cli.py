@@ -272,7 +272,9 @@ def test_mistakes_are_one_line_on_stderr_and_code_2(arguments: list[str], messag
 def test_a_forced_tier_this_cpu_lacks_is_one_line(quantized: tuple[Path, dict[str, object]]) -> None:
     result = run("generate", quantized[0], "The", HALFBYTE_ISA="mmx")
     assert result.returncode == 2
-    assert result.stderr == ("halfbyte: HALFBYTE_ISA=mmx: no such tier; known are amx, avx512_vnni, avx_vnni, avx2, neon, portable\n")
+    assert result.stderr == (
+        "halfbyte: HALFBYTE_ISA=mmx: no such tier; known are amx, avx512_vnni, avx_vnni, avx2, neon, portable\n"
+    )
 
 
 def test_a_cache_is_chosen_by_name(quantized: tuple[Path, dict[str, object]]) -> None:

@@ -49,3 +49,11 @@ def test_leading_dimensions_strides_and_no_rows_at_all() -> None:
 def test_what_it_cannot_multiply_is_refused(x: torch.Tensor, weight: torch.Tensor) -> None:
     with pytest.raises(UnsupportedError, match="16-bit linear: expected fp32"):
         half_linear(x, weight, None, "portable")
+
+
+@pytest.mark.parametrize("rows", [1, 5, NATIVE_ROWS + 3])
+def test_a_gradient_flows_to_the_activations(rows: int) -> None:
+    weight = torch.randn(8, 16).bfloat16()
+    x = torch.randn(rows, 16, requires_grad=True)
+    half_linear(x, weight, None, _native.available_tiers()[0]).sum().backward()
+    torch.testing.assert_close(x.grad, weight.float().sum(0).expand(rows, -1))

@@ -224,6 +224,8 @@ def test_a_head_of_four_bits_is_searched_for_what_the_norm_weighs() -> None:
     searched, nearest = quantize_head(weight, norm, 4), Grid(4, HEAD_GROUP, zero_point=True).quantize(weight)
     assert error(searched) < 0.9 * error(nearest)
     assert error(searched) < error(quantize_head(weight, [1.0] * 96, 4))
+
+
 @pytest.mark.parametrize("name", ["llama", "phi3, longrope"])
 def test_a_batch_and_a_session_that_went_back_compute_what_each_computes_alone(tmp_path: Path, name: str) -> None:
     """Also where angles depend on the length: a long companion does not turn a short sequence."""
@@ -301,7 +303,14 @@ def test_a_tensor_of_the_wrong_shape_is_named(tmp_path: Path) -> None:
         halfbyte.load(folder)
 
 
-@pytest.mark.parametrize(("settings", "says"), [({"compute": "a4"}, "compute"), ({"head_bits": 5}, "head_bits"), ({"cache": "int4"}, "cache: expected auto, fp16 or int8")])
+@pytest.mark.parametrize(
+    ("settings", "says"),
+    [
+        ({"compute": "a4"}, "compute"),
+        ({"head_bits": 5}, "head_bits"),
+        ({"cache": "int4"}, "cache: expected auto, fp16 or int8"),
+    ],
+)
 def test_bad_settings_are_refused(tmp_path: Path, settings: dict[str, Any], says: str) -> None:
     folder = write_model("llama", tmp_path)
     with pytest.raises(ConfigError, match=says):

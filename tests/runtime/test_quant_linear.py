@@ -2,6 +2,7 @@
 
 import gc
 import weakref
+from dataclasses import replace
 
 import pytest
 import torch
@@ -55,6 +56,27 @@ def test_gradient_reaches_the_activations() -> None:
     QuantLinear.from_quantized(quantized)(x).square().sum().backward()
     expected(quantized, same).square().sum().backward()
     torch.testing.assert_close(x.grad, same.grad, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("backend", ["native", "torch"])
+@pytest.mark.parametrize("field", ["input_scale", "kept columns", "group_index"])
+def test_gradient_is_that_of_every_field(backend: str, field: str) -> None:
+    generator = torch.Generator().manual_seed(2)
+    quantized = {
+        "input_scale": lambda w: replace(w, input_scale=torch.rand(64, generator=generator) + 0.5),
+        "group_index": lambda w: replace(
+            w, group_index=torch.randint(2, (64,), generator=generator, dtype=torch.int32)
+        ),
+        "kept columns": lambda w: replace(
+            w,
+            kept_columns=torch.tensor([1, 33], dtype=torch.int32),
+            kept_weight=torch.randn(33, 2, generator=generator).bfloat16(),
+        ),
+    }[field](weight())
+    x = torch.randn(5, 64, generator=generator, requires_grad=True)
+    y = torch.randn(5, 33, generator=generator)
+    QuantLinear.from_quantized(quantized, backend=backend)(x).backward(y)
+    torch.testing.assert_close(x.grad, y @ quantized.dequantize(), rtol=1e-4, atol=1e-4)
 
 
 def test_traces_as_one_operator() -> None:

@@ -7,6 +7,7 @@ a few megabytes. Buffers (rotary frequencies and the like) are real: they come f
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -30,7 +31,6 @@ def build_skeleton(folder: str, dtype: torch.dtype) -> Any:
     Raises:
         UnsupportedError: transformers cannot build a causal language model from this config.
     """
-    import accelerate
     import transformers
 
     try:
@@ -38,7 +38,7 @@ def build_skeleton(folder: str, dtype: torch.dtype) -> Any:
         build = transformers.AutoModelForCausalLM
         if type(config) not in transformers.MODEL_FOR_CAUSAL_LM_MAPPING:
             build = transformers.AutoModelForImageTextToText
-        with accelerate.init_empty_weights(include_buffers=False):
+        with _parameters_on_meta():
             model = build.from_config(config, dtype=dtype)
         if hasattr(model, "set_experts_implementation"):
             model.set_experts_implementation("eager")  # the fused ones want all experts in one tensor of floats
@@ -50,6 +50,23 @@ def build_skeleton(folder: str, dtype: torch.dtype) -> Any:
     model.tie_weights()
     model.requires_grad_(False)
     return model.eval()
+
+
+@contextmanager
+def _parameters_on_meta() -> Iterator[None]:
+    """Modules made inside have their parameters on the meta device and their buffers where they would be."""
+    register = nn.Module.register_parameter
+
+    def register_on_meta(module: nn.Module, name: str, parameter: nn.Parameter | None) -> None:
+        if parameter is not None and not parameter.is_meta:
+            parameter = nn.Parameter(parameter.detach().to("meta"), requires_grad=parameter.requires_grad)
+        register(module, name, parameter)
+
+    nn.Module.register_parameter = register_on_meta  # type: ignore[method-assign, assignment]
+    try:
+        yield
+    finally:
+        nn.Module.register_parameter = register  # type: ignore[method-assign]
 
 
 def find_decoder_blocks(model: nn.Module) -> tuple[str, nn.ModuleList]:

@@ -10,7 +10,6 @@ from halfbyte.cli.render import JsonFlag, print_json, print_table
 REQUIRED = (
     "torch",
     "transformers",
-    "accelerate",
     "safetensors",
     "huggingface_hub",
     "gguf",
@@ -19,7 +18,11 @@ REQUIRED = (
     "rich",
 )
 # extra → (packages, what it adds)
-EXTRAS = {"dev": (("ruff", "mypy", "pytest", "hypothesis", "import-linter"), "tests and checks of halfbyte itself")}
+EXTRAS = {
+    "offload": (("accelerate",), "device_map and max_memory: a model on several devices"),
+    "lora": (("peft",), "training of LoRA adapters on a quantized model"),
+    "dev": (("ruff", "mypy", "pytest", "hypothesis", "import-linter"), "tests and checks of halfbyte itself"),
+}
 
 
 def command(json: JsonFlag = False) -> None:

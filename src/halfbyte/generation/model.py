@@ -15,7 +15,9 @@ from halfbyte.errors import ConfigError, UnsupportedError
 from halfbyte.generation.loop import Continuation, Generation, TextStream, continue_together, stream_text
 from halfbyte.generation.text import parse_stop
 from halfbyte.runtime.engine import TransformersEngine
+from halfbyte.runtime.fusion import ModulesToFuse
 from halfbyte.runtime.loading import LoadedModel, load_model
+from halfbyte.runtime.placement import DeviceMap, MaxMemory
 from halfbyte.sampling.filters import SamplingParameters
 from halfbyte.sampling.sampler import Sampler, sequence_generator
 
@@ -44,6 +46,11 @@ def load(
     compute: str = "auto",
     head_bits: int | Literal["auto"] = "auto",
     cache: str = "auto",
+    fuse_layers: bool = False,
+    modules_to_fuse: ModulesToFuse | None = None,
+    fuse_max_seq_len: int | None = None,
+    device_map: DeviceMap | None = None,
+    max_memory: MaxMemory | None = None,
 ) -> Model:
     """Open a model: a halfbyte or AutoAWQ GEMM checkpoint, or an unquantized Hugging Face folder.
 
@@ -56,15 +63,35 @@ def load(
         compute: in the decoder, activations that meet codes are in 8 bits ("a8") or in fp32 ("a16"); "auto" for a8.
         head_bits: of the output head in the decoder: 16, 8, 6 or 4; "auto" for 8 if the model is quantized, else 16.
         cache: in the decoder, keys and values are kept in "fp16" or "int8"; "auto" for fp16.
+        fuse_layers: inside transformers, let quantized linears that share an input be one product and RMSNorms one
+            call; `Model.fused` says what was done. The decoder fuses everything, asked or not.
+        modules_to_fuse: what `fuse_layers` may touch, out of "attention", "mlp" and "layernorm": a list of these, or
+            for each the names of the modules, such as {"mlp": ["gate_proj", "up_proj"]}; None for everything. With it
+            "auto" is transformers.
+        fuse_max_seq_len: with `fuse_layers`, the most tokens a prompt and its continuation may have together.
+        device_map: where the parts of the model are, as accelerate knows it: "auto", "balanced", "balanced_low_0",
+            "sequential", a device, or a dictionary from module name to device. What is on the CPU computes there. With
+            it "auto" is transformers. Needs the extra `offload`.
+        max_memory: bytes for each device, such as {0: "4GiB", "cpu": "16GiB"}; the same as device_map="auto" within
+            these.
 
     Raises:
         HalfbyteError: nothing there, a broken checkpoint, or a backend this machine lacks or that cannot run the model.
     """
-    return Model(
-        load_model(
-            resolve_model(path), device=device, backend=backend, compute=compute, head_bits=head_bits, cache=cache
-        )
+    loaded = load_model(
+        resolve_model(path),
+        device=device,
+        backend=backend,
+        compute=compute,
+        head_bits=head_bits,
+        cache=cache,
+        fuse_layers=fuse_layers,
+        modules_to_fuse=modules_to_fuse,
+        fuse_max_seq_len=fuse_max_seq_len,
+        device_map=device_map,
+        max_memory=max_memory,
     )
+    return Model(loaded)
 
 
 class Model:
@@ -79,6 +106,7 @@ class Model:
         kernels: kernel or native form → number of quantized linears that run on it; empty when not quantized.
         not_fused: why the fused decoder does not run it; None if it does.
         stop_ids: end-of-sequence ids of the generation config.
+        fused: what `fuse_layers` did, readable by `print`; None where it was not asked for.
     """
 
     def __init__(self, loaded: LoadedModel):
@@ -90,6 +118,7 @@ class Model:
         self.kernels = loaded.kernels
         self.not_fused = loaded.not_fused
         self.stop_ids = loaded.stop_ids
+        self.fused = loaded.fused
 
     @property
     def network(self) -> Any:
@@ -101,6 +130,23 @@ class Model:
         if not isinstance(self.engine, TransformersEngine):
             raise UnsupportedError(f'{self.folder}: the fused decoder runs it; load it with backend="transformers"')
         return self.engine.network
+
+    def with_lora(self, config: Any) -> Any:
+        """`network` with LoRA adapters in it, for training; the 4-bit base stays as it is.
+
+        Args:
+            config: a `peft.LoraConfig`, such as LoraConfig(target_modules=["q_proj", "v_proj"]).
+
+        Returns:
+            A `peft.PeftModel`. This model computes with the adapters from now on.
+
+        Raises:
+            ConfigError: not a `LoraConfig`, or it names no linear of the network.
+            UnsupportedError: peft is missing, or the fused decoder runs the model.
+        """
+        from halfbyte.runtime.lora import with_lora
+
+        return with_lora(self.network, config)
 
     @cached_property
     def tokenizer(self) -> Any:

@@ -1,7 +1,7 @@
 """y = x · Wᵀ + bias with W in bf16 or fp16 and x, y in fp32, on the CPU: the output head of a quantized model.
 
 A few rows are multiplied natively, the weight read in place (native/cpu/half_kernel.hpp: bound by reading it). Many
-rows are bound by arithmetic, which torch does well once the weight is widened.
+rows are bound by arithmetic, which torch does well once the weight is widened; so are those a gradient is wanted of.
 """
 
 from __future__ import annotations
@@ -41,7 +41,8 @@ def half_linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None
         )
     rows = x.numel() // in_features
     wide_bias = None if bias is None else bias.detach().float().contiguous()
-    if rows == 0 or rows > NATIVE_ROWS or not weight.is_contiguous():
+    tracked = torch.is_grad_enabled() and x.requires_grad
+    if tracked or rows == 0 or rows > NATIVE_ROWS or not weight.is_contiguous():
         return torch.nn.functional.linear(x, weight.float(), wide_bias)
     y = x.new_empty((*x.shape[:-1], out_features))
     flat = x.contiguous()

@@ -10,7 +10,7 @@ import torch
 
 from halfbyte.architectures.records import DecoderRecord
 from halfbyte.errors import ConfigError
-from halfbyte.runtime.engine import Batch, SequentialBatch, Session
+from halfbyte.runtime.engine import Batch, SequentialBatch, Session, check_room
 from halfbyte.runtime.rotation import Rotations
 
 CACHE_TYPES = ("fp16", "int8")
@@ -89,6 +89,7 @@ class NativeDecoder:
         cache: "fp16" or "int8", how its caches keep keys and values.
         forms: native form → number of matrices in it.
         nbytes: of the weights held, the embedding included.
+        max_tokens: most tokens a session may have; None for any number.
     """
 
     def __init__(
@@ -110,6 +111,7 @@ class NativeDecoder:
         self.record = record
         self.compute, self.head_bits, self.cache = compute, head_bits, cache
         self.forms, self.nbytes = forms, nbytes
+        self.max_tokens: int | None = None
 
     name = "decoder"
 
@@ -130,10 +132,12 @@ class NativeDecoder:
 
     def session(self, tokens: int) -> Session:
         """See `Engine`."""
+        check_room(tokens, self.max_tokens)
         return _DecoderSession(self, self.new_cache(1, tokens))
 
     def batch(self, sequences: int, tokens: int) -> Batch:
         """See `Engine`; one native call a step for all of them, where one table of angles is right for all."""
+        check_room(tokens, self.max_tokens)
         if self._rotations.length_dependent:
             return SequentialBatch([self.session(tokens) for _ in range(sequences)])
         return _DecoderBatch(self, self.new_cache(sequences, tokens))

@@ -60,10 +60,23 @@ class Engine(Protocol):
         """Of every position of one sequence, int64 [tokens]: float32 [tokens, vocabulary] on the CPU."""
 
     def session(self, tokens: int) -> Session:
-        """An empty sequence with room for `tokens` tokens."""
+        """An empty sequence with room for `tokens` tokens.
+
+        Raises:
+            ConfigError: more than the model was loaded for.
+        """
 
     def batch(self, sequences: int, tokens: int) -> Batch:
-        """Empty sequences, each with room for `tokens` tokens."""
+        """Empty sequences, each with room for `tokens` tokens. Raises likewise."""
+
+
+def check_room(tokens: int, limit: int | None) -> None:
+    """Refuse a sequence of more tokens than `fuse_max_seq_len` allows; None for any number."""
+    if limit is not None and tokens > limit:
+        raise ConfigError(
+            f"context: {tokens} tokens, prompt and continuation together, are more than fuse_max_seq_len={limit}; "
+            "load the model with a larger one, or ask for fewer"
+        )
 
 
 class TransformersEngine:
@@ -71,12 +84,15 @@ class TransformersEngine:
 
     Attributes:
         network: the module; its quantized linears are `QuantLinear`.
+        preallocate: whether a session's cache is allocated at once, rather than anew for every token.
+        max_tokens: most tokens a session may have; None for any number.
     """
 
     name = "transformers"
 
-    def __init__(self, network: Any):
+    def __init__(self, network: Any, *, preallocate: bool = False, max_tokens: int | None = None):
         self.network = network
+        self.preallocate, self.max_tokens = preallocate, max_tokens
 
     @property
     def vocabulary(self) -> int:
@@ -105,9 +121,9 @@ class TransformersEngine:
         return result.float().cpu()
 
     def session(self, tokens: int) -> Session:
-        """See `Engine`; the cache grows as it must."""
-        del tokens
-        return _TransformersSession(self.network, self.device)
+        """See `Engine`; without `preallocate` the cache grows as it must."""
+        check_room(tokens, self.max_tokens)
+        return _TransformersSession(self.network, self.device, tokens if self.preallocate else None)
 
     def batch(self, sequences: int, tokens: int) -> Batch:
         """See `Engine`; the sequences are computed one after the other."""
@@ -115,11 +131,13 @@ class TransformersEngine:
 
 
 class _TransformersSession:
-    def __init__(self, network: Any, device: torch.device):
+    def __init__(self, network: Any, device: torch.device, room: int | None):
         from transformers import DynamicCache
 
+        from halfbyte.runtime.roomy_cache import roomy_cache
+
         self._network, self._device = network, device
-        self._cache = DynamicCache(config=network.config)
+        self._cache = DynamicCache(config=network.config) if room is None else roomy_cache(network.config, room)
         self._whole = True  # whether every layer has come as far as `length`
         self.length = 0
 

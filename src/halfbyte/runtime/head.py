@@ -46,8 +46,8 @@ def head_linear(weight: torch.Tensor, norm: Sequence[float], bits: int, tier: st
 def quantize_head(weight: torch.Tensor, norm: Sequence[float], bits: int) -> QuantizedTensor:
     """Round a head to codes, asymmetric, in groups of `HEAD_GROUP`.
 
-    With `SEARCHED_BITS` the range of a group is searched for the inputs that the norm makes of independent ones of equal
-    size, whose Gram matrix is diag(norm²): no text is needed.
+    With `SEARCHED_BITS` the range of a group is searched for the inputs that the norm makes of independent ones of
+    equal size, whose Gram matrix is diag(norm²): no text is needed.
 
     Args:
         weight: [vocabulary, hidden], floating.

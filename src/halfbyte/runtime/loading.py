@@ -12,9 +12,8 @@ import torch
 from halfbyte.architectures.matrices import matrix_shape
 from halfbyte.architectures.records import DecoderRecord, decoder_record
 from halfbyte.architectures.skeleton import build_skeleton, fill
-from halfbyte.architectures.stored import ModelTensors
+from halfbyte.architectures.stored import ModelTensors, StoredTensor
 from halfbyte.checkpoints.reader import Checkpoint
-from halfbyte.device.torch_device import pick_device
 from halfbyte.errors import CheckpointError, ConfigError, UnsupportedError
 from halfbyte.formats.layouts import Layout, read_layout
 from halfbyte.kernels.decoder_linear import COMPUTE_MODES
@@ -23,8 +22,19 @@ from halfbyte.runtime.decoder import CACHE_TYPES, NativeDecoder
 from halfbyte.runtime.decoder_loading import load_decoder
 from halfbyte.runtime.engine import Engine, TransformersEngine
 from halfbyte.runtime.experts import ExpertCollector
+from halfbyte.runtime.fusion import (
+    FuseOptions,
+    Fusion,
+    LinearFuser,
+    ModulesToFuse,
+    fuse_norms,
+    read_fuse_options,
+    shared_inputs,
+)
 from halfbyte.runtime.head import DEFAULT_HEAD_BITS, HEAD_BITS
+from halfbyte.runtime.placement import DeviceMap, MaxMemory, Placement, packed_bytes, read_placement, spread
 from halfbyte.runtime.quant_linear import QuantLinear
+from halfbyte.tensor import QuantizedTensor
 
 # Backends that are not the name of a linear kernel.
 DECODER, TRANSFORMERS = "decoder", "transformers"
@@ -43,6 +53,7 @@ class LoadedModel:
         quantized: whether the folder holds quantized linears.
         kernels: name of a kernel, or of a native form in the decoder → number of linears.
         not_fused: why the decoder does not run it; None if it does.
+        fused: what `fuse_layers` did; None where it was not asked for.
     """
 
     engine: Engine
@@ -53,6 +64,7 @@ class LoadedModel:
     quantized: bool
     kernels: dict[str, int]
     not_fused: str | None
+    fused: Fusion | None
 
 
 def load_model(
@@ -63,6 +75,11 @@ def load_model(
     compute: str = "auto",
     head_bits: int | Literal["auto"] = "auto",
     cache: str = "auto",
+    fuse_layers: bool = False,
+    modules_to_fuse: ModulesToFuse | None = None,
+    fuse_max_seq_len: int | None = None,
+    device_map: DeviceMap | None = None,
+    max_memory: MaxMemory | None = None,
 ) -> LoadedModel:
     """Open a model folder, quantized (AutoAWQ GEMM or halfbyte's own layout) or not.
 
@@ -74,10 +91,16 @@ def load_model(
         compute: in the decoder, activations that meet codes are in 8 bits ("a8") or in fp32 ("a16"); "auto" for a8.
         head_bits: of the output head in the decoder: 16, 8, 6 or 4; "auto" for 8 if the model is quantized, else 16.
         cache: in the decoder, keys and values are kept in "fp16" or "int8"; "auto" for fp16.
+        fuse_layers: in transformers, linears that share an input become one product, RMSNorms one call. The decoder
+            fuses everything, asked or not.
+        modules_to_fuse: see `Selection`; with it the model runs in transformers unless `backend` says otherwise.
+        fuse_max_seq_len: most tokens a sequence may have; the cache is then allocated at once.
+        device_map: see `read_placement`; with it the model runs in transformers.
+        max_memory: see `read_placement`; likewise.
 
     Raises:
         CheckpointError: missing, malformed or contradictory files.
-        ConfigError: no such `compute`, `head_bits` or `cache`.
+        ConfigError: no such `compute`, `head_bits`, `cache`, module or device.
         UnsupportedError: another quantization method, a backend this machine lacks, or one that cannot run this model.
     """
     if compute not in ("auto", *COMPUTE_MODES):
@@ -86,20 +109,30 @@ def load_model(
         raise ConfigError(f"head_bits: expected auto, {', '.join(map(str, HEAD_BITS))}, got {head_bits!r}")
     if cache not in ("auto", *CACHE_TYPES):
         raise ConfigError(f"cache: expected auto, {' or '.join(CACHE_TYPES)}, got {cache!r}")
+    options = read_fuse_options(fuse_layers, modules_to_fuse, fuse_max_seq_len)
+    where = read_placement(device, device_map, max_memory)
     checkpoint = Checkpoint.open(folder)
-    target = pick_device(device)
     layout = read_layout(checkpoint.config)
     linears = [] if layout is None else _quantized_linears(checkpoint, layout)
     network = build_skeleton(str(folder), _stored_dtype(checkpoint, linears))
     if layout is not None and not linears:
         raise CheckpointError(f"{folder}: config.json announces quantized linears, the files hold none")
-    record = _record(network, checkpoint, target, backend)
+    needs = _needs_transformers(options, device_map, max_memory)
+    record = needs if needs and backend == "auto" else _record(network, checkpoint, where, backend)
+    if needs and backend == DECODER:
+        raise ConfigError(f'backend "{DECODER}": {needs}, which it does not know; use "{TRANSFORMERS}"')
+    fused = None if options is None else Fusion(max_seq_len=options.max_seq_len, by_decoder=True)
+    target = torch.device("cpu")
     engine: TransformersEngine | NativeDecoder
     if isinstance(record, str):
         if backend == DECODER:
             raise UnsupportedError(f'{folder}: backend "{DECODER}" cannot run it: {record}; use "{TRANSFORMERS}"')
         kernel = "auto" if backend == TRANSFORMERS else backend
-        engine, kernels = _in_transformers(network, checkpoint, layout, linears, kernel, target)
+        build = _Builder(network, checkpoint, layout, linears, kernel, options)
+        if isinstance(where, str):
+            where = spread(network, build.packed_bytes(max_memory), where, max_memory)
+        engine, fused = build.run(where)
+        kernels, target = dict(build.kernels), where.main
     else:
         bits = (16 if layout is None else DEFAULT_HEAD_BITS) if head_bits == "auto" else head_bits
         engine = load_decoder(
@@ -111,6 +144,7 @@ def load_model(
             head_bits=bits,
             cache="fp16" if cache == "auto" else cache,
         )
+        engine.max_tokens = None if options is None else options.max_seq_len
         kernels = engine.forms if layout is not None else {}
     return LoadedModel(
         engine,
@@ -121,15 +155,25 @@ def load_model(
         layout is not None,
         kernels,
         record if isinstance(record, str) else None,
+        fused,
     )
 
 
-def _record(network: Any, checkpoint: Checkpoint, device: torch.device, backend: str) -> DecoderRecord | str:
+def _needs_transformers(
+    options: FuseOptions | None, device_map: DeviceMap | None, max_memory: MaxMemory | None
+) -> str | None:
+    """What was asked for that the decoder does not do."""
+    if device_map is not None or max_memory is not None:
+        return "a device_map or max_memory was given"
+    return "modules_to_fuse was given" if options is not None and options.chosen else None
+
+
+def _record(network: Any, checkpoint: Checkpoint, where: Placement | str, backend: str) -> DecoderRecord | str:
     """The record for the decoder, or why the model runs in transformers."""
     if backend not in ("auto", DECODER):
         return f"backend {backend} was asked for"
-    if device.type != "cpu":
-        return f"it runs on the CPU, not on {device.type}"
+    if isinstance(where, Placement) and not where.on_cpu:
+        return f"it runs on the CPU, not on {where.main.type}"
     floats = {checkpoint.info(name).dtype for name in checkpoint.names() if name.endswith("embed_tokens.weight")}
     if torch.float32 in floats:
         return "its weights are stored in fp32"
@@ -141,58 +185,107 @@ def _stop_ids(network: Any) -> frozenset[int]:
     return frozenset() if eos is None else frozenset([eos] if isinstance(eos, int) else eos)
 
 
-def _in_transformers(
-    network: Any,
-    checkpoint: Checkpoint,
-    layout: Layout | None,
-    linears: list[str],
-    kernel: str,
-    device: torch.device,
-) -> tuple[TransformersEngine, dict[str, int]]:
-    tensors = ModelTensors(network, checkpoint, checkpoint.names())
-    kernels: Counter[str] = Counter()
-    if layout is not None:
-        kernels = _place_quantized(network, checkpoint, tensors, layout, linears, kernel, device)
-    fill(network, "", tensors)
-    network.tie_weights()
-    network.to(device)
-    if layout is not None and device.type == "cpu":
-        prepare_for_cpu(network)
-    return TransformersEngine(network), dict(kernels)
+class _Builder:
+    """Puts the weights of a folder into a transformers skeleton.
 
+    Attributes:
+        kernels: name of a kernel → linears it runs, each counted though it shares a product.
+    """
 
-def _place_quantized(
-    network: Any,
-    checkpoint: Checkpoint,
-    tensors: ModelTensors,
-    layout: Layout,
-    linears: list[str],
-    backend: str,
-    device: torch.device,
-) -> Counter[str]:
-    """Swap in a `QuantLinear` wherever the file holds packed codes."""
-    kernels: Counter[str] = Counter()
-    experts = ExpertCollector()
-    for name in linears:
-        stored = tensors.locate(f"{name}.weight")
-        if stored is None:
-            raise CheckpointError(f"tensor {name}.{layout.marker}: the model in config.json has no module {name}")
-        out_features, in_features = matrix_shape(network, stored)
-        packed = {key: checkpoint.read(f"{name}.{key}") for key in layout.keys if f"{name}.{key}" in checkpoint}
-        tensor = layout.unpack(packed, name)
-        if (tensor.out_features, tensor.in_features) != (out_features, in_features):
+    def __init__(
+        self,
+        network: Any,
+        checkpoint: Checkpoint,
+        layout: Layout | None,
+        linears: list[str],
+        kernel: str,
+        options: FuseOptions | None,
+    ):
+        self.network, self.checkpoint, self.layout, self.kernel = network, checkpoint, layout, kernel
+        self.options = options
+        self.kernels: Counter[str] = Counter()
+        self.tensors = ModelTensors(network, checkpoint, checkpoint.names())
+        self.places: dict[str, StoredTensor] = {}
+        self.shapes: dict[str, tuple[int, int]] = {}
+        for name in linears:
+            assert layout is not None
+            stored = self.tensors.locate(f"{name}.weight")
+            if stored is None:
+                raise CheckpointError(f"tensor {name}.{layout.marker}: the model in config.json has no module {name}")
+            self.places[name], self.shapes[name] = stored, matrix_shape(network, stored)
+
+    def packed_bytes(self, max_memory: MaxMemory | None) -> dict[str, int]:
+        """Parameter → bytes of the codes that will stand for it."""
+        on_cpu = not torch.cuda.is_available() or (max_memory is not None and set(max_memory) == {"cpu"})
+        sizes: Counter[str] = Counter()
+        for name, stored in self.places.items():
+            sizes[stored.parameter] += packed_bytes(self.checkpoint, name, self.shapes[name], on_cpu=on_cpu)
+        return sizes
+
+    def run(self, where: Placement) -> tuple[TransformersEngine, Fusion | None]:
+        """Fill the network; what runs it, and what was fused."""
+        where.check(self.network)
+        fuser = None if self.options is None else self._fuser(self.options, where)
+        self._place_quantized(where, fuser)
+        fill(self.network, "", self.tensors)
+        self.network.tie_weights()
+        if self.layout is not None and where.on_cpu:
+            prepare_for_cpu(self.network)
+        if self.options is None or fuser is None:
+            where.place(self.network)
+            return TransformersEngine(self.network), None
+        norms, left = fuse_norms(self.network, self.options.selection, where.device_of)
+        if self.layout is None:
+            left["linears"] = "not quantized"
+        where.place(self.network)
+        limit = self.options.max_seq_len
+        engine = TransformersEngine(self.network, preallocate=True, max_tokens=limit)
+        return engine, Fusion(tuple(fuser.fused), norms, fuser.left | left, limit)
+
+    def _fuser(self, options: FuseOptions, where: Placement) -> LinearFuser:
+        options.selection.check(self.network)
+        rows = {_module(stored): self.shapes[name][0] for name, stored in self.places.items() if not stored.steps}
+        return LinearFuser(shared_inputs(self.network, rows), options.selection, where.device_of)
+
+    def _place_quantized(self, where: Placement, fuser: LinearFuser | None) -> None:
+        """Swap in a `QuantLinear`, or a part of one, wherever the file holds packed codes."""
+        experts = ExpertCollector()
+        for name, stored in self.places.items():
+            tensor = self._read(name)
+            path = _module(stored)
+            if fuser is not None and not stored.steps and fuser.takes(path):
+                for other, part, linear in fuser.add(path, tensor, self._linear):
+                    self.network.set_submodule(other, part)
+                    self.kernels[linear.kernel_name] += 1
+                continue
+            module = self._linear(tensor, where.device_of(path))
+            if stored.steps:
+                experts.add(stored, module)
+            else:
+                self.network.set_submodule(path, module)
+            self.kernels[module.kernel_name] += 1
+        experts.place(self.network, self.tensors, self.checkpoint.read)
+
+    def _linear(self, tensor: QuantizedTensor, device: torch.device) -> QuantLinear:
+        return QuantLinear.from_quantized(tensor, backend=self.kernel, device=device)
+
+    def _read(self, name: str) -> QuantizedTensor:
+        """The weight of a linear, of the shape that config.json implies."""
+        assert self.layout is not None
+        checkpoint = self.checkpoint
+        packed = {key: checkpoint.read(f"{name}.{key}") for key in self.layout.keys if f"{name}.{key}" in checkpoint}
+        tensor = self.layout.unpack(packed, name)
+        if (tensor.out_features, tensor.in_features) != self.shapes[name]:
+            out_features, in_features = self.shapes[name]
             raise CheckpointError(
-                f"tensor {name}.{layout.marker}: expected a [{out_features}, {in_features}] linear from "
+                f"tensor {name}.{self.layout.marker}: expected a [{out_features}, {in_features}] linear from "
                 f"config.json, found [{tensor.out_features}, {tensor.in_features}]"
             )
-        module = QuantLinear.from_quantized(tensor, backend=backend, device=device)
-        if stored.steps:
-            experts.add(stored, module)
-        else:
-            network.set_submodule(stored.parameter.removesuffix(".weight"), module)
-        kernels[module.kernel_name] += 1
-    experts.place(network, tensors, checkpoint.read)
-    return kernels
+        return tensor
+
+
+def _module(stored: StoredTensor) -> str:
+    return stored.parameter.removesuffix(".weight")
 
 
 def _quantized_linears(checkpoint: Checkpoint, layout: Layout) -> list[str]:

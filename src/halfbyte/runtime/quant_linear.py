@@ -28,15 +28,19 @@ class QuantLinear(nn.Module):
         group_size: inputs that share a scale.
         kernel_name: of the kernel that runs it.
         prepared: the weight in that kernel's layout.
+        qweight: empty, on the weight's device. The codes are no parameter, and peft asks this name where they are.
     """
 
-    def __init__(self, weight: QuantizedTensor, kernel_name: str, prepared: PreparedLinear):
+    def __init__(
+        self, weight: QuantizedTensor, kernel_name: str, prepared: PreparedLinear, device: torch.device | str = "cpu"
+    ):
         super().__init__()
         self.in_features, self.out_features = weight.in_features, weight.out_features
         self.bits, self.group_size = weight.bits, weight.group_size
         self.has_bias = weight.bias is not None
         self.kernel_name = kernel_name
         self.prepared = prepared
+        self.qweight = torch.empty(0, dtype=torch.uint8, device=device)
         self._handle = next(_HANDLES)
         _PREPARED[self._handle] = prepared
 
@@ -50,7 +54,7 @@ class QuantLinear(nn.Module):
             HalfbyteError: the backend is unknown or cannot hold the weight.
         """
         kernel, prepared = prepare(weight, backend=backend, device=torch.device(device))
-        return cls(weight, kernel.name, prepared)
+        return cls(weight, kernel.name, prepared, device)
 
     @property
     def nbytes(self) -> int:
