@@ -57,6 +57,7 @@ class NativeDecoder:
         compute: "a8" or "a16", how quantized matrices are multiplied.
         head_bits: of the output head.
         forms: native form → number of matrices in it.
+        matrices: module name → native matrix, the output head (`lm_head`) last.
         nbytes: of the weights held, the embedding included.
     """
 
@@ -70,6 +71,7 @@ class NativeDecoder:
         compute: str,
         head_bits: int,
         forms: dict[str, int],
+        matrices: dict[str, Any],
         nbytes: int,
     ):
         self._native = native
@@ -77,6 +79,7 @@ class NativeDecoder:
         self._keep = list(keep)  # weights the native side reads in place
         self.record = record
         self.compute, self.head_bits, self.forms, self.nbytes = compute, head_bits, forms, nbytes
+        self.matrices = matrices
 
     name = "decoder"
 
@@ -90,6 +93,12 @@ class NativeDecoder:
         """Bytes of weights one step reads, the cache not counted."""
         nbytes: int = self._native.nbytes
         return nbytes
+
+    def cache_bytes(self, positions: int) -> int:
+        """Bytes of keys and values the last of so many tokens of a sequence looks at."""
+        probe = self.new_cache(1, 1)
+        layer_bytes = probe.nbytes // probe.capacity // self.record.layers
+        return sum(layer_bytes * min(positions, window or positions) for window in self.record.windows)
 
     def logits(self, ids: torch.Tensor) -> torch.Tensor:
         """See `Engine`."""

@@ -59,6 +59,7 @@ class _Loader:
         self._tier = pick_tier()
         self._keep: list[torch.Tensor] = []
         self._forms: Counter[str] = Counter()
+        self._matrices: dict[str, Any] = {}
 
     def load(self, head_bits: int) -> NativeDecoder:
         from halfbyte import _native
@@ -94,6 +95,7 @@ class _Loader:
             compute=self._compute,
             head_bits=head_bits,
             forms=dict(self._forms),
+            matrices={**self._matrices, "lm_head": head},
             nbytes=in_place + packed,
         )
 
@@ -159,6 +161,7 @@ class _Loader:
         else:
             linear = quantized_linear(stored, self._compute, self._tier)
         self._forms[linear.form.partition("/")[0]] += 1
+        self._matrices[module] = linear
         return linear
 
     def _stored_name(self, module: str) -> str:
