@@ -19,7 +19,10 @@ REQUIRED = (
     "rich",
 )
 # extra → (packages, what it adds)
-EXTRAS = {"dev": (("ruff", "mypy", "pytest", "hypothesis", "import-linter"), "tests and checks of halfbyte itself")}
+EXTRAS = {
+    "bench": (("llama-cpp-python", "openvino", "nncf", "optimum-intel"), "the peers of benchmarks/cpu_decode.py"),
+    "dev": (("ruff", "mypy", "pytest", "hypothesis", "import-linter"), "tests and checks of halfbyte itself"),
+}
 
 
 def command(json: JsonFlag = False) -> None:
