@@ -263,6 +263,7 @@ def parse_options() -> argparse.Namespace:
     parser.add_argument("--llama-kinds", nargs="*", choices=LLAMA_KINDS, default=LLAMA_KINDS)
     parser.add_argument("--openvino", default=sys.executable, help="an interpreter that has openvino and optimum-intel")
     parser.add_argument("--transformers", action="store_true", help="run both of ours in transformers, too")
+    parser.add_argument("--only", nargs="+", metavar="ENGINE", help="as the tables name them")
     parser.add_argument("--folder", type=Path, help="where models are made, and kept; a temporary folder otherwise")
     parser.add_argument("--contexts", type=int, nargs="*", default=[0, 512, 2048])
     parser.add_argument("--batches", type=int, nargs="*", default=[1, 4, 16])
@@ -288,7 +289,10 @@ def prepare(options: argparse.Namespace, model: Path, folder: Path) -> dict[str,
             commands |= add(options, model, folder)
         except RuntimeError as error:
             print(error, file=sys.stderr)
-    return commands
+    unknown = set(options.only or ()) - set(commands)
+    if unknown:
+        raise SystemExit(f"--only {', '.join(sorted(unknown))}: expected some of {', '.join(commands)}")
+    return {name: command for name, command in commands.items() if not options.only or name in options.only}
 
 
 def main() -> None:
