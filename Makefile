@@ -14,7 +14,7 @@ help:
 	@echo "make test        every test not marked slow, gpu or interop"
 	@echo "make test-slow   the tests that take minutes: kills at random moments, a Ray cluster"
 	@echo "make lint        ruff, mypy --strict, import contracts"
-	@echo "make bench       the benchmarks of README.md; DATA=folder with the WikiText-2 and C4 texts"
+	@echo "make bench       the benchmarks of README.md; DATA=folder with the WikiText-2 and C4 texts, PEERS=other engines"
 	@echo "make clean       remove .venv and build products (the model cache stays)"
 
 $(VENV)/.torch:
@@ -47,9 +47,11 @@ lint: $(VENV)/.dev
 	$(BIN)/lint-imports
 
 DATA ?= ../shared/data
+# Interpreters that have the peers: PEERS="--llama-cpp llama/bin/python --openvino openvino/bin/python"
+PEERS ?=
 bench: $(VENV)/.halfbyte
 	$(BIN)/python benchmarks/ablation.py --data $(DATA) --only "original, fp32 arithmetic" rtn "awq without range" awq best
-	$(BIN)/python benchmarks/decode.py
+	$(BIN)/python benchmarks/cpu_decode.py --data $(DATA) --batches 1 --transformers $(PEERS)
 	$(BIN)/python benchmarks/kernels.py
 
 clean:

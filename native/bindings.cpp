@@ -181,6 +181,16 @@ std::shared_ptr<Linear> make_half(std::uintptr_t weight, int dtype, int rows, in
                                         bias ? bias->data() : nullptr, rows, cols);
 }
 
+void every_product(const std::vector<std::shared_ptr<Linear>>& linears, Floats2 x, MutableFloats2 y) {
+    require(!linears.empty() && x.shape(0) >= 1 && x.shape(0) < (std::size_t{1} << 16), "linears, x: must be at least one");
+    require(y.shape(0) == x.shape(0), "y: must be [rows of x, outputs]");
+    for (const auto& linear : linears)
+        require(x.shape(1) == static_cast<std::size_t>(linear->cols()) && y.shape(1) == static_cast<std::size_t>(linear->rows()),
+                "linears: must all be [columns of y, columns of x]");
+    nb::gil_scoped_release release;
+    multiply_each({linears.begin(), linears.end()}, x.data(), static_cast<int>(x.shape(0)), y.data());
+}
+
 void set_rotation(Decoder& decoder, int rotation, Floats2 cosines, Floats2 sines) {
     const auto pairs = static_cast<std::size_t>(decoder.config().rotary_pairs);
     require(rotation >= 0 && rotation < decoder.config().rotations, "rotation: no such table");
@@ -219,6 +229,8 @@ void bind_decoder(nb::module_& m) {
         return std::make_shared<A16Linear>(std::move(matrix));
     }, "matrix"_a);
     m.def("half_linear", &make_half, "weight"_a, "dtype"_a, "rows"_a, "cols"_a, "bias"_a.none(), "tier"_a);
+
+    m.def("multiply_each", &every_product, "linears"_a, "x"_a, "y"_a);
 
     nb::class_<DecoderConfig>(m, "DecoderConfig", "An architecture as data.")
         .def(nb::init<>())

@@ -7,6 +7,7 @@
 #include "dtypes.hpp"
 #include "memory.hpp"
 #include "parallel.hpp"
+#include "thread_pool.hpp"
 
 namespace halfbyte {
 
@@ -138,6 +139,25 @@ void HalfLinear::multiply(const void* prepared, int m, float* y, std::size_t y_s
             tier_.half_multiply(weight_, dtype_, cols_, static_cast<const float*>(prepared) + first * stride, stride, count,
                                 out, row, std::min(row + strip, last));
         }
+}
+
+void multiply_each(const std::vector<std::shared_ptr<const Linear>>& linears, const float* x, int m, float* y) {
+    std::size_t most = 0;
+    for (const auto& linear : linears) most = std::max(most, linear->prepared_bytes());
+    std::vector<std::uint8_t> memory(m * most + LINE);
+    auto* prepared = reinterpret_cast<std::uint8_t*>(round_up(reinterpret_cast<std::uintptr_t>(memory.data()), LINE));
+    ThreadPool::instance().run_team([&](Team& team, int) {
+        for (const auto& linear : linears) {
+            const std::size_t stride = linear->prepared_bytes();
+            team.phase(m, team.piece(m), [&](int begin, int end) {
+                for (int row = begin; row < end; ++row)
+                    linear->prepare(x + static_cast<std::size_t>(row) * linear->cols(), prepared + row * stride);
+            });
+            team.phase(linear->blocks(), team.piece(linear->blocks(), 2), [&](int begin, int end) {
+                linear->multiply(prepared, m, y, linear->rows(), begin, end);
+            });
+        }
+    });
 }
 
 }  // namespace halfbyte

@@ -86,4 +86,8 @@ class HalfLinear : public Linear {
     std::vector<float> bias_;
 };
 
+// y[m][rows] = x[m][cols] times each of the matrices in turn, the way a step of the decoder multiplies them, all in one call: for
+// measuring. They have one shape; what is left in y is the product of the last.
+void multiply_each(const std::vector<std::shared_ptr<const Linear>>& linears, const float* x, int m, float* y);
+
 }  // namespace halfbyte

@@ -207,6 +207,36 @@ def test_eval_measures_both(quantized: tuple[Path, dict[str, object]], tmp_path:
         assert word in table.stdout
 
 
+def test_bench_measures_steps_prompts_and_kernels(quantized: tuple[Path, dict[str, object]]) -> None:
+    common = ["--threads", "1,2", "--rounds", 1, "--compute", "a16", "--head-bits", 16]
+    cells = ["--context", "2,5", "--batch", "1,3"]
+    decode = run("bench", "decode", quantized[0], *common, *cells, "--steps", 2, "--json")
+    assert decode.returncode == 0, decode.stderr
+    document = json.loads(decode.stdout)
+    assert (document["benchmark"], document["kernels"]) == ("decode", {"a16": 14})
+    expected = [(t, c, b) for t in (1, 2) for c in (2, 5) for b in (1, 3)]
+    assert [(r["threads"], r["context"], r["batch"]) for r in document["results"]] == expected
+    for result in document["results"]:
+        assert result["head_bytes"] == 320 * 64 * 2
+        assert result["bandwidth_share"] == pytest.approx(result["bytes_per_second"] / result["bandwidth"])
+    document = json.loads(run("bench", "prefill", quantized[0], *common, *cells, "--json").stdout)
+    assert [(r["threads"], r["context"], r["batch"]) for r in document["results"]] == expected
+    document = json.loads(run("bench", "kernels", quantized[0], *common, "--rows", "1,2", "--json").stdout)
+    assert {result["form"] for result in document["results"]} == {"a16", "half"}
+    assert len(document["results"]) == 2 * 2 * 5
+
+
+@pytest.mark.parametrize(
+    ("verb", "words"),
+    [("decode", ("MB/token", "tok/s", "share")), ("prefill", ("GFLOP/s",)), ("kernels", ("to M = 1", "320 × 64"))],
+)
+def test_bench_prints_a_table(quantized: tuple[Path, dict[str, object]], verb: str, words: tuple[str, ...]) -> None:
+    table = run("bench", verb, quantized[0], "--rounds", 1, *(["--context", 3] if verb != "kernels" else []))
+    assert table.returncode == 0, table.stderr
+    for word in ("14 × a8", *words):
+        assert word in table.stdout
+
+
 def test_backends_says_what_is_picked_and_why() -> None:
     document = json.loads(run("backends", "--json", HALFBYTE_ISA="portable", HALFBYTE_THREADS="1").stdout)
     assert (document["tier"], document["threads"]) == ("portable", 1)
@@ -228,7 +258,11 @@ def test_models_list_names_the_sample() -> None:
 
 
 @pytest.mark.parametrize(
-    "verb", ["quantize", "generate", "chat", "eval", "backends", "doctor", "models list", "models pull"]
+    "verb",
+    [
+        *("quantize", "generate", "chat", "eval", "backends", "doctor", "models list", "models pull"),
+        *("bench decode", "bench prefill", "bench kernels"),
+    ],
 )
 def test_every_verb_has_help_with_an_example(verb: str) -> None:
     result = run(*verb.split(), "--help")
@@ -256,6 +290,14 @@ def test_every_verb_has_help_with_an_example(verb: str) -> None:
         (["quantize", "nowhere", "-o", "out", "--calibration", "none.txt"], "nowhere: no such folder"),
         (["backends", "--in-features", "0"], "expected positive numbers"),
         (["models", "pull", "sample:none"], "no such sample model"),
+        (["bench", "decode"], "MODEL or --shape: expected one of them"),
+        (["bench", "decode", "nowhere", "--shape", "1b"], "MODEL or --shape: expected one of them"),
+        (["bench", "decode", "nowhere"], "nowhere: no such folder"),
+        (["bench", "decode", "nowhere", "--context", "0,many"], "--context 0,many: expected whole numbers from 0 on"),
+        (["bench", "prefill", "nowhere", "--context", "0"], "--context 0: expected whole numbers from 1 on"),
+        (["bench", "prefill", "--shape", "9b"], "shape: expected 1b, got '9b'"),
+        (["bench", "kernels", "nowhere", "--threads", "0"], "--threads 0: expected whole numbers from 1 on"),
+        (["bench", "kernels", "nowhere", "--head-bits", "few"], "--head-bits few: expected auto"),
     ],
 )
 def test_mistakes_are_one_line_on_stderr_and_code_2(arguments: list[str], message: str, tmp_path: Path) -> None:

@@ -58,7 +58,8 @@ def print_table(columns: Sequence[str], rows: Iterable[Sequence[object]], title:
         table.add_column(column, overflow="fold", no_wrap=index == 0)
     for row in rows:
         table.add_row(*(Text(str(cell)) for cell in row))
-    Console(soft_wrap=not sys.stdout.isatty()).print(table)
+    # Nobody's window is known in a pipe; a file can be as wide as it must.
+    Console(width=None if sys.stdout.isatty() else 1000).print(table)
 
 
 def decode_input(data: bytes) -> str:

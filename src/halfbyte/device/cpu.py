@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 import platform
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -156,17 +158,36 @@ def _cpuinfo(*keys: str) -> str:
     return next((line.partition(":")[2].strip() for line in lines if line.partition(":")[0].strip() in keys), "")
 
 
-def read_bandwidth(nbytes: int, *, repeats: int = 7) -> float:
+@contextmanager
+def native_threads(threads: int) -> Iterator[None]:
+    """Let the native core work with so many threads, and afterwards with as many as before.
+
+    Raises:
+        ConfigError: fewer than one.
+    """
+    from halfbyte import _native
+
+    if threads < 1:
+        raise ConfigError(f"threads: expected at least 1, got {threads}")
+    before = _native.threads()
+    _native.set_threads(threads)
+    try:
+        yield
+    finally:
+        _native.set_threads(before)
+
+
+def read_bandwidth(nbytes: int, *, repeats: int = 7, threads: int | None = None) -> float:
     """Bytes per second the threads together read from a buffer of `nbytes`, best of `repeats` passes."""
     from halfbyte import _native
 
-    _native.set_threads(thread_count())
-    return _native.measure_read_bandwidth(nbytes, repeats, pick_tier())
+    with native_threads(threads or thread_count()):
+        return _native.measure_read_bandwidth(nbytes, repeats, pick_tier())
 
 
-def peak_flops() -> float:
+def peak_flops(*, threads: int | None = None) -> float:
     """float32 operations per second the threads together reach in a loop of nothing but fused multiply-adds."""
     from halfbyte import _native
 
-    _native.set_threads(thread_count())
-    return _native.measure_peak_flops(pick_tier())
+    with native_threads(threads or thread_count()):
+        return _native.measure_peak_flops(pick_tier())

@@ -88,6 +88,7 @@ class NativeDecoder:
         head_bits: of the output head.
         cache: "fp16" or "int8", how its caches keep keys and values.
         forms: native form → number of matrices in it.
+        matrices: module name → native matrix, the output head (`lm_head`) last.
         nbytes: of the weights held, the embedding included.
         max_tokens: most tokens a session may have; None for any number.
     """
@@ -103,6 +104,7 @@ class NativeDecoder:
         head_bits: int,
         cache: str,
         forms: dict[str, int],
+        matrices: dict[str, Any],
         nbytes: int,
     ):
         self._native = native
@@ -110,7 +112,7 @@ class NativeDecoder:
         self._keep = list(keep)  # weights the native side reads in place
         self.record = record
         self.compute, self.head_bits, self.cache = compute, head_bits, cache
-        self.forms, self.nbytes = forms, nbytes
+        self.forms, self.matrices, self.nbytes = forms, matrices, nbytes
         self.max_tokens: int | None = None
 
     name = "decoder"
@@ -125,6 +127,12 @@ class NativeDecoder:
         """Bytes of weights one step reads, the cache not counted."""
         nbytes: int = self._native.nbytes
         return nbytes
+
+    def cache_bytes(self, positions: int) -> int:
+        """Bytes of keys and values the last of so many tokens of a sequence looks at."""
+        probe = self.new_cache(1, 1)
+        layer_bytes = probe.nbytes // probe.capacity // self.record.layers
+        return sum(layer_bytes * min(positions, window or positions) for window in self.record.windows)
 
     def logits(self, ids: torch.Tensor) -> torch.Tensor:
         """See `Engine`."""

@@ -68,6 +68,7 @@ class _Loader:
         self._tier = pick_tier()
         self._keep: list[torch.Tensor] = []
         self._forms: Counter[str] = Counter()
+        self._matrices: dict[str, Any] = {}
 
     def load(self, head_bits: int, cache: str) -> NativeDecoder:
         from halfbyte import _native
@@ -105,6 +106,7 @@ class _Loader:
             head_bits=head_bits,
             cache=cache,
             forms=dict(self._forms),
+            matrices={**self._matrices, "lm_head": head},
             nbytes=in_place + packed,
         )
 
@@ -170,6 +172,7 @@ class _Loader:
         else:
             linear = quantized_linear(stored, self._compute, self._tier)
         self._forms[linear.form.partition("/")[0]] += 1
+        self._matrices[module] = linear
         return linear
 
     def _stored_name(self, module: str) -> str:

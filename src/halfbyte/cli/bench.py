@@ -1,0 +1,243 @@
+"""`halfbyte bench`."""
+
+from __future__ import annotations
+
+import itertools
+import tempfile
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from halfbyte.cli.render import JsonFlag, interruptible, megabytes, parse_head_bits, print_json, print_table
+from halfbyte.errors import ConfigError
+
+if TYPE_CHECKING:
+    from halfbyte.evaluation.bench import DecodeSpeed, KernelSpeed, PrefillSpeed
+    from halfbyte.generation.model import Model
+
+app = typer.Typer(
+    help="Measure the fused decoder.",
+    no_args_is_help=True,
+    rich_markup_mode=None,
+    add_completion=False,
+)
+
+ModelArgument = Annotated[str | None, typer.Argument(help="A folder, sample:NAME, or a hub name.")]
+ShapeOption = Annotated[
+    str | None, typer.Option(help="Instead of a model: 1b, a random 4-bit Llama of that shape, made for the run.")
+]
+BatchOption = Annotated[str, typer.Option(help="Sequences at a time; several as 1,4,16.")]
+ThreadsOption = Annotated[str, typer.Option(help="Threads; several as 1,2; auto for HALFBYTE_THREADS or all cores.")]
+RoundsOption = Annotated[int, typer.Option(help="Rounds to take the median of; one more warms up.")]
+ComputeOption = Annotated[str, typer.Option(help="Activations: a8 (8 bits), a16, or auto.")]
+HeadBitsOption = Annotated[str, typer.Option(help="Output head: 16, 8, 4, or auto.")]
+
+
+@app.callback()
+def _group() -> None:
+    """Measure the fused decoder against the machine: steps, prompts, one matrix at a time."""
+
+
+@app.command("decode")
+@interruptible
+def decode_command(
+    model: ModelArgument = None,
+    shape: ShapeOption = None,
+    context: Annotated[str, typer.Option(help="Tokens before the first step; several as 0,512,2048.")] = "0,512,2048",
+    batch: BatchOption = "1",
+    threads: ThreadsOption = "auto",
+    steps: Annotated[int, typer.Option(help="Steps in a round.")] = 16,
+    rounds: RoundsOption = 5,
+    compute: ComputeOption = "auto",
+    head_bits: HeadBitsOption = "auto",
+    json: JsonFlag = False,
+) -> None:
+    """Time steps of one token a sequence, and hold them against reading the bytes they need.
+
+    Bytes are the layers' weights, the output head, and the keys and values of the context; the bandwidth is measured
+    beside the steps, on a buffer as large as the weights.
+
+    Example: halfbyte bench decode smollm2-4bit --context 0,512 --batch 1,4 --threads 1,2
+    """
+    cells = _cells(_numbers("--threads", threads, 1), _numbers("--context", context, 0), _numbers("--batch", batch, 1))
+
+    def measure(loaded: Model) -> list[DecodeSpeed]:
+        from halfbyte.evaluation.bench import measure_decode
+
+        return [measure_decode(loaded, context=c, batch=b, threads=t, steps=steps, rounds=rounds) for t, c, b in cells]
+
+    columns = ("threads", "context", "batch", "tok/s", "ms/token", "MB/token", "GB/s", "machine", "share")
+    _report("decode", _measure(model, shape, compute, head_bits, measure), columns, _decode_row, json)
+
+
+@app.command("prefill")
+@interruptible
+def prefill_command(
+    model: ModelArgument = None,
+    shape: ShapeOption = None,
+    context: Annotated[str, typer.Option(help="Tokens of a prompt; several as 128,512.")] = "512",
+    batch: BatchOption = "1",
+    threads: ThreadsOption = "auto",
+    rounds: RoundsOption = 5,
+    compute: ComputeOption = "auto",
+    head_bits: HeadBitsOption = "auto",
+    json: JsonFlag = False,
+) -> None:
+    """Time prompts, and hold them against the fp32 arithmetic the machine can do.
+
+    Operations are those of the matrix products. Activations in 8 bits can exceed the fp32 peak.
+
+    Example: halfbyte bench prefill smollm2-4bit --context 128,512
+    """
+    cells = _cells(_numbers("--threads", threads, 1), _numbers("--context", context, 1), _numbers("--batch", batch, 1))
+
+    def measure(loaded: Model) -> list[PrefillSpeed]:
+        from halfbyte.evaluation.bench import measure_prefill
+
+        return [measure_prefill(loaded, context=c, batch=b, threads=t, rounds=rounds) for t, c, b in cells]
+
+    columns = ("threads", "context", "batch", "tok/s", "ms/token", "GFLOP/s", "fp32 peak", "share")
+    _report("prefill", _measure(model, shape, compute, head_bits, measure), columns, _prefill_row, json)
+
+
+@app.command("kernels")
+@interruptible
+def kernels_command(
+    model: ModelArgument = None,
+    shape: ShapeOption = None,
+    rows: Annotated[str, typer.Option(help="Rows of activations, 1 first.")] = "1,2,4,8,16",
+    threads: ThreadsOption = "auto",
+    rounds: RoundsOption = 15,
+    compute: ComputeOption = "auto",
+    head_bits: HeadBitsOption = "auto",
+    json: JsonFlag = False,
+) -> None:
+    """Time the model's matrices by shape, with one row of activations and with a few.
+
+    The ratio to one row is what a batch, or the check of a speculated token, costs in that matrix.
+
+    Example: halfbyte bench kernels smollm2-4bit --threads 1
+    """
+    counts, sizes = _numbers("--threads", threads, 1), _numbers("--rows", rows, 1)
+
+    def measure(loaded: Model) -> list[KernelSpeed]:
+        from halfbyte.evaluation.bench import measure_kernels
+
+        return [row for t in counts for row in measure_kernels(loaded, rows=sizes, threads=t, rounds=rounds)]
+
+    columns = ("out × in", "form", "count", "threads", "M", "µs", "to M = 1", "GB/s", "machine", "share")
+    _report("kernels", _measure(model, shape, compute, head_bits, measure), columns, _kernel_row, json)
+
+
+def _measure(
+    model: str | None, shape: str | None, compute: str, head_bits: str, measure: Callable[[Model], Sequence[Any]]
+) -> dict[str, Any]:
+    bits = parse_head_bits(head_bits)
+    if (model is None) == (shape is None):
+        raise ConfigError("MODEL or --shape: expected one of them; such as `halfbyte bench decode --shape 1b`")
+    from halfbyte.device.cpu import cpu_info, pick_tier
+    from halfbyte.generation.model import load
+
+    with _folder(model, shape) as folder:
+        loaded = load(folder, device="cpu", compute=compute, head_bits=bits)
+        results = measure(loaded)
+    return {
+        "model": model if shape is None else f"random {shape}",
+        "machine": vars(cpu_info()),
+        "tier": pick_tier(),
+        "memory_bytes": loaded.nbytes,
+        "kernels": loaded.kernels,
+        "results": results,
+    }
+
+
+@contextmanager
+def _folder(model: str | None, shape: str | None) -> Iterator[str | Path]:
+    """The model, or a random one that is there for as long as it is needed."""
+    if model is not None:
+        yield model
+    elif shape is not None:
+        from halfbyte.evaluation.shapes import write_random_model
+
+        with tempfile.TemporaryDirectory() as temporary:
+            write_random_model(Path(temporary) / "model", shape)
+            yield Path(temporary) / "model"
+
+
+def _report(
+    benchmark: str, found: dict[str, Any], columns: Sequence[str], row: Callable[[Any], Sequence[str]], json: bool
+) -> None:
+    results = found["results"]
+    if json:
+        print_json({"benchmark": benchmark, **found, "results": [_document(result) for result in results]})
+        return
+    forms = ", ".join(f"{count} × {name}" for name, count in found["kernels"].items()) or "not quantized"
+    machine = f"{found['machine']['model']}, {found['tier']}"
+    title = f"{found['model']}: {megabytes(found['memory_bytes'])}, {forms}; {machine}"
+    print_table(columns, map(row, results), title)
+
+
+def _document(result: Any) -> dict[str, Any]:
+    """The fields of a result, and what follows from them."""
+    derived = [name for name, value in vars(type(result)).items() if isinstance(value, property)]
+    return {**asdict(result), **{name: getattr(result, name) for name in derived}}
+
+
+def _decode_row(result: DecodeSpeed) -> Sequence[str]:
+    return (
+        *map(str, (result.threads, result.context, result.batch)),
+        f"{result.tokens_per_second:,.1f}",
+        f"{1e3 / result.tokens_per_second:.2f}",
+        f"{result.bytes_per_token / 1e6:,.1f}",
+        f"{result.bytes_per_second / 1e9:.1f}",
+        f"{result.bandwidth / 1e9:.1f}",
+        f"{result.bandwidth_share:.0%}",
+    )
+
+
+def _prefill_row(result: PrefillSpeed) -> Sequence[str]:
+    return (
+        *map(str, (result.threads, result.context, result.batch)),
+        f"{result.tokens_per_second:,.1f}",
+        f"{1e3 / result.tokens_per_second:.2f}",
+        f"{result.flops_per_second / 1e9:.0f}",
+        f"{result.peak_flops / 1e9:.0f}",
+        f"{result.peak_share:.0%}",
+    )
+
+
+def _kernel_row(result: KernelSpeed) -> Sequence[str]:
+    return (
+        f"{result.out_features} × {result.in_features}",
+        result.form,
+        *map(str, (result.matrices, result.threads, result.rows)),
+        f"{result.seconds * 1e6:,.1f}",
+        f"{result.ratio:.2f}",
+        f"{result.bytes_per_second / 1e9:.1f}",
+        f"{result.bandwidth / 1e9:.1f}",
+        f"{result.bandwidth_share:.0%}",
+    )
+
+
+def _cells(*axes: Iterable[int]) -> list[tuple[int, ...]]:
+    return list(itertools.product(*axes))
+
+
+def _numbers(option: str, text: str, least: int) -> list[int]:
+    """Whole numbers from `least` on, separated by commas; for threads also "auto".
+
+    Raises:
+        ConfigError: anything else.
+    """
+    if option == "--threads" and text == "auto":
+        from halfbyte.device.cpu import thread_count
+
+        return [thread_count()]
+    parts = [part.strip() for part in text.split(",")]
+    if not all(part.isdecimal() and least <= int(part) <= 1 << 20 for part in parts):
+        raise ConfigError(f"{option} {text}: expected whole numbers from {least} on, separated by commas")
+    return [int(part) for part in parts]
