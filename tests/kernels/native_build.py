@@ -1,7 +1,9 @@
 """Compiles `native_check.cpp`, the checks of the core that need no Python, with the tiers a processor can have."""
 
+import os
 import subprocess
 from collections.abc import Collection, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 HERE = Path(__file__).parent
@@ -22,6 +24,19 @@ TIERS = {
 }
 
 
+def compile_all(commands: Sequence[tuple[Path, Sequence[str]]], folder: Path) -> list[str]:
+    """Each source with its command, as many at a time as there are cores; the objects in `folder`, in order."""
+
+    def build(item: tuple[Path, Sequence[str]]) -> str:
+        source, command = item
+        target = str(folder / f"{source.stem}.o")
+        subprocess.run([*command, "-c", str(source), "-o", target], check=True)
+        return target
+
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        return list(pool.map(build, commands))
+
+
 def build_check(
     compiler: str, machine: str, flags: Sequence[str], folder: Path, *, plain: Collection[str] = ()
 ) -> Path:
@@ -29,13 +44,11 @@ def build_check(
     define, tiers = TIERS.get(machine, ("HALFBYTE_NO_TIERS", {}))
     others = {name for _, of_machine in TIERS.values() for name in of_machine} - set(tiers)
     common = ["-std=c++17", "-ffp-contract=off", f"-I{NATIVE}", f"-D{define}"]
-    objects = []
+    commands = []
     for source in [*sorted(NATIVE.glob("*.cpp")), HERE / "native_check.cpp"]:
-        if source.name in others:
-            continue
-        objects.append(str(folder / f"{source.stem}.o"))
-        chosen = ["-O1"] if source.stem.removeprefix("tier_") in plain else flags
-        command = [compiler, *common, *chosen, *tiers.get(source.name, []), "-c", str(source), "-o", objects[-1]]
-        subprocess.run(command, check=True)
+        if source.name not in others:
+            chosen = ["-O1"] if source.stem.removeprefix("tier_") in plain else flags
+            commands.append((source, [compiler, *common, *chosen, *tiers.get(source.name, [])]))
+    objects = compile_all(commands, folder)
     subprocess.run([compiler, *common, *flags, *objects, "-pthread", "-o", str(folder / "check")], check=True)
     return folder / "check"

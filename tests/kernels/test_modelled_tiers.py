@@ -8,37 +8,47 @@ import subprocess
 from pathlib import Path
 
 import pytest
-from native_build import HERE, NATIVE, TIERS
+from native_build import HERE, NATIVE, TIERS, compile_all
 
 from halfbyte import _native
 
 AVX2 = TIERS["x86_64"][1]["tier_avx2.cpp"]
+COMMAND = ["g++", "-std=c++17", "-O1", "-ffp-contract=off", f"-I{NATIVE}", f"-I{HERE}"]
 
 
-def run_check(source: str, flags: list[str], folder: Path) -> None:
-    """Compile `source`, which includes a tier and its model, against the rest of the core, and run it."""
-    program = folder / "check"
-    rest = [
+needs_compiler = pytest.mark.skipif(
+    shutil.which("g++") is None, reason="needs g++ to compile the tier against the model"
+)
+
+
+@pytest.fixture(scope="module")
+def rest(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
+    """The core without its tiers, compiled."""
+    sources = [
         path for path in sorted(NATIVE.glob("*.cpp")) if path.name != "isa.cpp" and not path.name.startswith("tier_")
     ]
-    sources = [HERE / source, *rest]
-    common = ["-std=c++17", "-O1", "-ffp-contract=off", "-pthread", f"-I{NATIVE}", f"-I{HERE}"]
-    subprocess.run(["g++", *common, *flags, *map(str, sources), "-o", str(program)], check=True)
+    return compile_all([(source, COMMAND) for source in sources], tmp_path_factory.mktemp("core"))
+
+
+def run_check(source: str, flags: list[str], rest: list[str], folder: Path) -> None:
+    """Compile `source`, which includes a tier and its model, against the rest of the core, and run it."""
+    program = folder / "check"
+    subprocess.run([*COMMAND, *flags, str(HERE / source), *rest, "-pthread", "-o", str(program)], check=True)
     run = subprocess.run([str(program)], capture_output=True, text=True, timeout=300, check=False)
     assert run.returncode == 0, run.stdout
 
 
-@pytest.mark.skipif(shutil.which("g++") is None, reason="needs g++ to compile the tier against the model")
-def test_avx512_vnni(tmp_path: Path) -> None:
-    run_check("avx512_check.cpp", [], tmp_path)
+@needs_compiler
+def test_avx512_vnni(rest: list[str], tmp_path: Path) -> None:
+    run_check("avx512_check.cpp", [], rest, tmp_path)
 
 
-@pytest.mark.skipif(shutil.which("g++") is None, reason="needs g++ to compile the tier against the model")
-def test_amx(tmp_path: Path) -> None:
-    run_check("amx_check.cpp", [], tmp_path)
+@needs_compiler
+def test_amx(rest: list[str], tmp_path: Path) -> None:
+    run_check("amx_check.cpp", [], rest, tmp_path)
 
 
-@pytest.mark.skipif(shutil.which("g++") is None, reason="needs g++ to compile the tier against the model")
+@needs_compiler
 @pytest.mark.skipif("avx2" not in _native.available_tiers(), reason="all but one instruction of the tier is AVX2")
-def test_avx_vnni(tmp_path: Path) -> None:
-    run_check("avx_vnni_check.cpp", AVX2, tmp_path)
+def test_avx_vnni(rest: list[str], tmp_path: Path) -> None:
+    run_check("avx_vnni_check.cpp", AVX2, rest, tmp_path)
