@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from halfbyte import _native
-from halfbyte.errors import ConfigError
+from halfbyte.errors import UnsupportedError
 from halfbyte.runtime.decoder import CACHE_TYPES, DecoderCache, NativeDecoder
 from tests.runtime.test_decoder import decoder_of, relative, write_model
 
@@ -60,11 +60,11 @@ def test_a_rollback_beyond_the_ring_is_refused_and_changes_nothing(tmp_path: Pat
     cache = decoder.new_cache(1, len(IDS))
     decoder.step(cache, [IDS[:800]], logits="none")
     most = 512 - 24 + 1
-    with pytest.raises(ConfigError, match=f"at most {most} tokens, or all 800, got {most + 1}: sliding windows keep"):
+    with pytest.raises(UnsupportedError, match=f"at most {most} tokens, or all 800, got {most + 1}: sliding windows keep"):
         cache.rollback(0, most + 1)
     assert cache.lengths == [800]
     cache.rollback(0, 300)
-    with pytest.raises(ConfigError, match=f"at most {most - 300} tokens"):
+    with pytest.raises(UnsupportedError, match=f"at most {most - 300} tokens"):
         cache.rollback(0, most - 299)
     cache.rollback(0, most - 300)
     expected = decoder.logits(torch.tensor(IDS[:600]))

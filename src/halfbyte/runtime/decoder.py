@@ -9,7 +9,7 @@ import numpy as np
 import torch
 
 from halfbyte.architectures.records import DecoderRecord
-from halfbyte.errors import ConfigError
+from halfbyte.errors import ConfigError, UnsupportedError
 from halfbyte.runtime.engine import Batch, SequentialBatch, Session, check_room
 from halfbyte.runtime.rotation import Rotations
 
@@ -62,7 +62,8 @@ class DecoderCache:
             tokens: how many.
 
         Raises:
-            ConfigError: there are not so many, or not so many are still there.
+            ConfigError: there are not so many.
+            UnsupportedError: a sliding window has overwritten what comes before them; the sequence stays as it is.
         """
         length = self.lengths[sequence]
         if not 0 <= tokens <= length:
@@ -72,7 +73,7 @@ class DecoderCache:
             return
         shortest = self._reached[sequence] - self.native.rollback
         if length - tokens < shortest:
-            raise ConfigError(
+            raise UnsupportedError(
                 f"rollback: expected at most {length - shortest} tokens, or all {length}, got {tokens}: "
                 "sliding windows keep no more; start again"
             )
