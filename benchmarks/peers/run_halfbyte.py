@@ -31,7 +31,7 @@ class Fused:
             "weight_bytes": self._decoder.step_bytes,
             "cache_bytes": self._decoder.cache_bytes(1),
             "versions": {"halfbyte": version("halfbyte")},
-            "settings": {"compute": self._decoder.compute, "head_bits": self._decoder.head_bits},
+            "settings": {name: getattr(self._decoder, name) for name in ("compute", "head_bits", "cache")},
         }
 
     def set_threads(self, count: int) -> None:

@@ -60,7 +60,8 @@ def test_a_rollback_beyond_the_ring_is_refused_and_changes_nothing(tmp_path: Pat
     cache = decoder.new_cache(1, len(IDS))
     decoder.step(cache, [IDS[:800]], logits="none")
     most = 512 - 24 + 1
-    with pytest.raises(UnsupportedError, match=f"at most {most} tokens, or all 800, got {most + 1}: sliding windows keep"):
+    refusal = f"at most {most} tokens, or all 800, got {most + 1}: sliding windows keep"
+    with pytest.raises(UnsupportedError, match=refusal):
         cache.rollback(0, most + 1)
     assert cache.lengths == [800]
     cache.rollback(0, 300)

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from halfbyte.cli.options import Cache, Compute, HeadBits
 from halfbyte.cli.render import JsonFlag, interruptible, megabytes, parse_head_bits, print_json, print_table
 from halfbyte.errors import ConfigError
 
@@ -33,8 +34,6 @@ ShapeOption = Annotated[
 BatchOption = Annotated[str, typer.Option(help="Sequences at a time; several as 1,4,16.")]
 ThreadsOption = Annotated[str, typer.Option(help="Threads; several as 1,2; auto for HALFBYTE_THREADS or all cores.")]
 RoundsOption = Annotated[int, typer.Option(help="Rounds to take the median of; one more warms up.")]
-ComputeOption = Annotated[str, typer.Option(help="Activations: a8 (8 bits), a16, or auto.")]
-HeadBitsOption = Annotated[str, typer.Option(help="Output head: 16, 8, 4, or auto.")]
 
 
 @app.callback()
@@ -52,8 +51,9 @@ def decode_command(
     threads: ThreadsOption = "auto",
     steps: Annotated[int, typer.Option(help="Steps in a round.")] = 16,
     rounds: RoundsOption = 5,
-    compute: ComputeOption = "auto",
-    head_bits: HeadBitsOption = "auto",
+    compute: Compute = "auto",
+    head_bits: HeadBits = "auto",
+    cache: Cache = "auto",
     json: JsonFlag = False,
 ) -> None:
     """Time steps of one token a sequence, and hold them against reading the bytes they need.
@@ -63,6 +63,7 @@ def decode_command(
 
     Example: halfbyte bench decode smollm2-4bit --context 0,512 --batch 1,4 --threads 1,2
     """
+    settings = _settings(compute, head_bits, cache)
     cells = _cells(_numbers("--threads", threads, 1), _numbers("--context", context, 0), _numbers("--batch", batch, 1))
 
     def measure(loaded: Model) -> list[DecodeSpeed]:
@@ -71,7 +72,7 @@ def decode_command(
         return [measure_decode(loaded, context=c, batch=b, threads=t, steps=steps, rounds=rounds) for t, c, b in cells]
 
     columns = ("threads", "context", "batch", "tok/s", "ms/token", "MB/token", "GB/s", "machine", "share")
-    _report("decode", _measure(model, shape, compute, head_bits, measure), columns, _decode_row, json)
+    _report("decode", _measure(model, shape, settings, measure), columns, _decode_row, json)
 
 
 @app.command("prefill")
@@ -83,8 +84,9 @@ def prefill_command(
     batch: BatchOption = "1",
     threads: ThreadsOption = "auto",
     rounds: RoundsOption = 5,
-    compute: ComputeOption = "auto",
-    head_bits: HeadBitsOption = "auto",
+    compute: Compute = "auto",
+    head_bits: HeadBits = "auto",
+    cache: Cache = "auto",
     json: JsonFlag = False,
 ) -> None:
     """Time prompts, and hold them against the fp32 arithmetic the machine can do.
@@ -93,6 +95,7 @@ def prefill_command(
 
     Example: halfbyte bench prefill smollm2-4bit --context 128,512
     """
+    settings = _settings(compute, head_bits, cache)
     cells = _cells(_numbers("--threads", threads, 1), _numbers("--context", context, 1), _numbers("--batch", batch, 1))
 
     def measure(loaded: Model) -> list[PrefillSpeed]:
@@ -101,7 +104,7 @@ def prefill_command(
         return [measure_prefill(loaded, context=c, batch=b, threads=t, rounds=rounds) for t, c, b in cells]
 
     columns = ("threads", "context", "batch", "tok/s", "ms/token", "GFLOP/s", "fp32 peak", "share")
-    _report("prefill", _measure(model, shape, compute, head_bits, measure), columns, _prefill_row, json)
+    _report("prefill", _measure(model, shape, settings, measure), columns, _prefill_row, json)
 
 
 @app.command("kernels")
@@ -112,8 +115,9 @@ def kernels_command(
     rows: Annotated[str, typer.Option(help="Rows of activations, 1 first.")] = "1,2,4,8,16",
     threads: ThreadsOption = "auto",
     rounds: RoundsOption = 15,
-    compute: ComputeOption = "auto",
-    head_bits: HeadBitsOption = "auto",
+    compute: Compute = "auto",
+    head_bits: HeadBits = "auto",
+    cache: Cache = "auto",
     json: JsonFlag = False,
 ) -> None:
     """Time the model's matrices by shape, with one row of activations and with a few.
@@ -122,6 +126,7 @@ def kernels_command(
 
     Example: halfbyte bench kernels smollm2-4bit --threads 1
     """
+    settings = _settings(compute, head_bits, cache)
     counts, sizes = _numbers("--threads", threads, 1), _numbers("--rows", rows, 1)
 
     def measure(loaded: Model) -> list[KernelSpeed]:
@@ -130,20 +135,19 @@ def kernels_command(
         return [row for t in counts for row in measure_kernels(loaded, rows=sizes, threads=t, rounds=rounds)]
 
     columns = ("out × in", "form", "count", "threads", "M", "µs", "to M = 1", "GB/s", "machine", "share")
-    _report("kernels", _measure(model, shape, compute, head_bits, measure), columns, _kernel_row, json)
+    _report("kernels", _measure(model, shape, settings, measure), columns, _kernel_row, json)
 
 
 def _measure(
-    model: str | None, shape: str | None, compute: str, head_bits: str, measure: Callable[[Model], Sequence[Any]]
+    model: str | None, shape: str | None, settings: dict[str, Any], measure: Callable[[Model], Sequence[Any]]
 ) -> dict[str, Any]:
-    bits = parse_head_bits(head_bits)
     if (model is None) == (shape is None):
         raise ConfigError("MODEL or --shape: expected one of them; such as `halfbyte bench decode --shape 1b`")
     from halfbyte.device.cpu import cpu_info, pick_tier
     from halfbyte.generation.model import load
 
     with _folder(model, shape) as folder:
-        loaded = load(folder, device="cpu", compute=compute, head_bits=bits)
+        loaded = load(folder, device="cpu", **settings)
         results = measure(loaded)
     return {
         "model": model if shape is None else f"random {shape}",
@@ -153,6 +157,10 @@ def _measure(
         "kernels": loaded.kernels,
         "results": results,
     }
+
+
+def _settings(compute: str, head_bits: str, cache: str) -> dict[str, Any]:
+    return {"compute": compute, "head_bits": parse_head_bits(head_bits), "cache": cache}
 
 
 @contextmanager

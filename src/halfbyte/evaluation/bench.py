@@ -111,7 +111,7 @@ class PrefillSpeed:
 
 @dataclass(frozen=True)
 class KernelSpeed:
-    """All matrices of one shape, one after the other as a step meets them, with some rows of activations.
+    """All matrices of one shape and width, one after the other as a step meets them, with some rows of activations.
 
     Attributes:
         out_features: of each matrix.
@@ -265,14 +265,13 @@ def measure_kernels(
     if rows[0] != 1:
         raise ConfigError(f"rows: expected 1 first, which the others are compared with, got {rows[0]}")
     threads = thread_count() if threads is None else threads
-    kinds: dict[tuple[int, int, str], list[_native.Linear]] = {}
+    kinds: dict[tuple[int, int, str, int], list[_native.Linear]] = {}
     for linear in decoder.matrices.values():
         form = linear.form if linear.form.startswith("a8") else linear.form.partition("/")[0]
-        kinds.setdefault((linear.rows, linear.columns, form), []).append(linear)
+        kinds.setdefault((linear.rows, linear.columns, form, linear.nbytes), []).append(linear)
     results = []
     with native_threads(threads):
-        for (outputs, inputs, form), linears in kinds.items():
-            nbytes = sum(linear.nbytes for linear in linears)
+        for (outputs, inputs, form, nbytes), linears in kinds.items():
             arrays = {m: (torch.randn(m, inputs).numpy(), torch.empty(m, outputs).numpy()) for m in rows}
             times: dict[int, list[float]] = {m: [] for m in rows}
             for _ in range(rounds + 1):
@@ -281,7 +280,7 @@ def measure_kernels(
                     _native.multiply_each(linears, x, y)
                     times[m].append((time.perf_counter() - start) / len(linears))
             medians = {m: statistics.median(taken[1:]) for m, taken in times.items()}
-            bandwidth = read_bandwidth(nbytes, threads=threads)
+            bandwidth = read_bandwidth(len(linears) * nbytes, threads=threads)
             results += [
                 KernelSpeed(
                     out_features=outputs,
@@ -292,7 +291,7 @@ def measure_kernels(
                     threads=threads,
                     rounds=rounds,
                     seconds=seconds,
-                    nbytes=nbytes // len(linears),
+                    nbytes=nbytes,
                     ratio=seconds / medians[1],
                     bandwidth=bandwidth,
                 )
