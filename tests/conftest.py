@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import signal
 from pathlib import Path
 
 import pytest
 import torch
+
+# A shell has what it puts into the background ignore Ctrl-C. What the tests start would inherit that; a handler it does
+# not.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 TEXT = "\n".join(
     f"The {n}th crow sat on the {n % 7}th branch of the old oak and counted {n * n} acorns, one after another."
