@@ -9,6 +9,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import time
 from contextlib import suppress
 from pathlib import Path
 
@@ -143,15 +144,13 @@ def test_at_a_terminal_ctrl_c_stops_an_answer_and_ctrl_d_leaves(chatty: Path) ->
         terminal.write("\x03")
         terminal.read_until("halfbyte: stopped\r\n")
         terminal.read_until("> ")
-        terminal.write("\x04")
-        assert terminal.wait() == 0
+        assert terminal.press_until_it_ends("\x04") == 0
 
 
 def test_at_a_terminal_ctrl_c_at_the_prompt_leaves(chatty: Path) -> None:
     with Terminal("chat", chatty) as terminal:
         terminal.read_until("> ")
-        terminal.write("\x03")
-        assert terminal.wait() == 0
+        assert terminal.press_until_it_ends("\x03") == 0
 
 
 class Terminal:
@@ -185,11 +184,17 @@ class Terminal:
             self.read_some()
         self._seen = self._seen.partition(text)[2]
 
-    def wait(self) -> int:
+    def press_until_it_ends(self, key: str) -> int:
+        """A Ctrl-C in the instant before Python waits for keys is noticed with the next key only."""
+        deadline = time.monotonic() + 120
         with suppress(OSError):  # the end of what a terminal has to say
-            while os.read(self._fd, 4096):
-                pass
+            while time.monotonic() < deadline:
+                self.write(key)
+                while select.select([self._fd], [], [], 15)[0] and os.read(self._fd, 4096):
+                    pass
         pid, self._pid = self._pid, 0
+        if time.monotonic() >= deadline:
+            os.kill(pid, signal.SIGKILL)
         return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
 
 
