@@ -200,7 +200,7 @@ void set_rotation(Decoder& decoder, int rotation, Floats2 cosines, Floats2 sines
 }
 
 void step(Decoder& decoder, KvCache& cache, Numbers ids, Numbers sequences, Numbers positions, Numbers wanted,
-          MutableFloats2 logits) {
+          MutableFloats2 logits, StepProfile* profile) {
     const DecoderConfig& c = decoder.config();
     const std::size_t rows = ids.shape(0);
     require(decoder.takes(cache), "cache: made for another model");
@@ -215,7 +215,14 @@ void step(Decoder& decoder, KvCache& cache, Numbers ids, Numbers sequences, Numb
             "logits: must be [wanted, vocabulary]");
     nb::gil_scoped_release release;
     decoder.step(cache, {ids.data(), sequences.data(), positions.data(), static_cast<int>(rows), wanted.data(),
-                         static_cast<int>(wanted.shape(0)), logits.data()});
+                         static_cast<int>(wanted.shape(0)), logits.data(), profile});
+}
+
+nb::dict profile_seconds(const StepProfile& profile) {
+    nb::dict seconds;
+    for (int part = 0; part < StepProfile::PARTS; ++part)
+        seconds[StepProfile::NAMES[part]] = profile.seconds(static_cast<StepProfile::Part>(part));
+    return seconds;
 }
 
 void bind_decoder(nb::module_& m) {
@@ -272,6 +279,10 @@ void bind_decoder(nb::module_& m) {
         .def_prop_ro("rollback", &KvCache::rollback)
         .def_prop_ro("nbytes", &KvCache::nbytes);
 
+    nb::class_<StepProfile>(m, "StepProfile", "Where the time of steps goes.")
+        .def(nb::init<>())
+        .def_prop_ro("seconds", &profile_seconds);
+
     nb::class_<Decoder>(m, "Decoder", "A decoder-only transformer: one call a step.")
         .def("__init__", [](Decoder* self, const DecoderConfig& config, const std::vector<DecoderLayer*>& layers,
                             std::vector<float> final_norm, std::shared_ptr<Linear> head, std::uintptr_t embedding,
@@ -283,7 +294,8 @@ void bind_decoder(nb::module_& m) {
                                reinterpret_cast<const void*>(embedding), static_cast<DType>(embedding_dtype));
         }, "config"_a, "layers"_a, "final_norm"_a, "head"_a, "embedding"_a, "embedding_dtype"_a, "tier"_a)
         .def("set_rotation", &set_rotation, "rotation"_a, "cosines"_a, "sines"_a)
-        .def("step", &step, "cache"_a, "ids"_a, "sequences"_a, "positions"_a, "wanted"_a, "logits"_a)
+        .def("step", &step, "cache"_a, "ids"_a, "sequences"_a, "positions"_a, "wanted"_a, "logits"_a,
+             "profile"_a.none() = nb::none())
         .def_prop_ro("nbytes", &Decoder::nbytes);
 }
 

@@ -1,12 +1,11 @@
 #include "decoder.hpp"
 
 #include <algorithm>
-#include <cmath>
-#include <cstring>
 #include <limits>
 #include <stdexcept>
 #include <string>
 
+#include "decoder_work.hpp"
 #include "dtypes.hpp"
 #include "parallel.hpp"
 #include "thread_pool.hpp"
@@ -17,8 +16,6 @@ namespace {
 
 // With at most this many rows every thread prepares all of them for itself.
 constexpr int REDUNDANT_ROWS = 2;
-// Largest score and sum of a span, before its values.
-constexpr int SPAN_HEADER = 2;
 
 void require(bool holds, const std::string& otherwise) {
     if (!holds) throw std::invalid_argument(otherwise);
@@ -48,26 +45,6 @@ std::size_t Decoder::Projection::prepared_bytes() const {
     for (int i = 0; i < count; ++i) bytes += parts[i]->prepared_bytes();
     return bytes;
 }
-
-// One chunk of rows on its way through the layers.
-struct Decoder::Work {
-    KvCache& cache;
-    const DecoderStep& step;
-    int first, rows;  // of the step
-    std::vector<int> wanted;
-    float* logits;
-    std::size_t qkv_stride, wide_stride, result_stride;
-    // [rows][...], 64-byte aligned
-    std::vector<float> memory;
-    float *x, *qkv, *y, *wide, *results;
-    std::vector<std::uint8_t> shared;                // prepared rows for all
-    std::vector<std::vector<std::uint8_t>> prepared;  // prepared rows of each thread
-    std::vector<std::vector<float>> scratch;          // of each thread: one row
-    int most_spans = 1;
-
-    int position(int row) const { return step.positions[first + row]; }
-    int sequence(int row) const { return step.sequences[first + row]; }
-};
 
 Decoder::Decoder(const Tier& tier, const DecoderConfig& config, std::vector<DecoderLayer> layers,
                  std::vector<float> final_norm, std::shared_ptr<const Linear> head, const void* embedding,
@@ -192,6 +169,7 @@ void Decoder::chunk(KvCache& cache, const DecoderStep& step, int first, int rows
 
 void Decoder::run(Team& team, int id, Work& work) const {
     const DecoderConfig& c = config_;
+    if (id == 0 && work.step.profile) work.step.profile->begin();
     team.phase(work.rows, team.piece(work.rows), [&](int begin, int end) {
         for (int row = begin; row < end; ++row) {
             float* x = work.x + static_cast<std::size_t>(row) * c.hidden;
@@ -206,6 +184,7 @@ void Decoder::run(Team& team, int id, Work& work) const {
             }
         }
     });
+    work.lap(id, StepProfile::embedding);
     for (int index = 0; index < layers(); ++index) run_layer(team, id, work, index);
     run_head(team, id, work);
 }
@@ -297,131 +276,34 @@ void Decoder::run_layer(Team& team, int id, Work& work, int index) const {
 
     const Projections& p = projections_[index];
     const auto normed_rows = prepare(team, id, work, p.qkv, work.rows, normed(layer.attention_norm));
+    work.lap(id, StepProfile::qkv_input);
     multiply(team, p.qkv, normed_rows, work.rows, work.qkv, work.qkv_stride, nothing);
+    work.lap(id, StepProfile::qkv);
     place_keys(team, work, index);
+    work.lap(id, StepProfile::keys);
     attend(team, work, index);
+    work.lap(id, StepProfile::attention);
     const auto attended = prepare(team, id, work, p.output, work.rows, [&](int row, float* scratch) {
         for (int head = 0; head < c.heads; ++head)
             gather_head(work, index, row, head, scratch + static_cast<std::size_t>(head) * c.head_dim);
         return static_cast<const float*>(scratch);
     });
+    work.lap(id, StepProfile::output_input);
     finish(p.output, attended, layer.attention_post_norm);
+    work.lap(id, StepProfile::output);
 
     const auto mlp_rows = prepare(team, id, work, p.gate_up, work.rows, normed(layer.mlp_norm));
+    work.lap(id, StepProfile::gate_up_input);
     multiply(team, p.gate_up, mlp_rows, work.rows, work.wide, work.wide_stride, nothing);
+    work.lap(id, StepProfile::gate_up);
     const auto gated = prepare(team, id, work, p.down, work.rows, [&](int row, float* scratch) {
         const float* wide = work.wide + row * work.wide_stride;
         tier_.math.gated(wide, wide + c.intermediate, c.intermediate, static_cast<Activation>(c.activation), scratch);
         return static_cast<const float*>(scratch);
     });
+    work.lap(id, StepProfile::down_input);
     finish(p.down, gated, layer.mlp_post_norm);
-}
-
-void Decoder::place_keys(Team& team, Work& work, int index) const {
-    const DecoderConfig& c = config_;
-    const DecoderLayer& layer = layers_[index];
-    const Rotation& rotation = rotations_[layer.rotation];
-    const int group = c.heads / c.kv_heads, q_rows = c.heads * c.head_dim, kv_rows = c.kv_heads * c.head_dim;
-    if (c.qk_norm == static_cast<int>(QkNorm::whole))
-        team.phase(work.rows, team.piece(work.rows), [&](int begin, int end) {
-            for (int row = begin; row < end; ++row) {
-                float* q = work.qkv + row * work.qkv_stride;
-                tier_.math.rms_norm(q, layer.q_norm.data(), q_rows, c.epsilon, q);
-                tier_.math.rms_norm(q + q_rows, layer.k_norm.data(), kv_rows, c.epsilon, q + q_rows);
-            }
-        });
-    const int units = work.rows * c.kv_heads;
-    team.phase(units, team.piece(units), [&](int begin, int end) {
-        for (int unit = begin; unit < end; ++unit) {
-            const int row = unit / c.kv_heads, kv_head = unit % c.kv_heads, position = work.position(row);
-            float* q = work.qkv + row * work.qkv_stride;
-            const float* cosines = rotation.cosines.data() + static_cast<std::size_t>(position) * c.rotary_pairs;
-            const float* sines = rotation.sines.data() + static_cast<std::size_t>(position) * c.rotary_pairs;
-            const auto turn = [&](float* head, const std::vector<float>& norm) {
-                if (c.qk_norm == static_cast<int>(QkNorm::heads))
-                    tier_.math.rms_norm(head, norm.data(), c.head_dim, c.epsilon, head);
-                tier_.math.rotate(head, cosines, sines, c.rotary_pairs);
-            };
-            for (int i = 0; i < group; ++i) {
-                float* head = q + (kv_head * group + i) * c.head_dim;
-                turn(head, layer.q_norm);
-                for (int d = 0; d < c.head_dim; ++d) head[d] *= c.attention_scale;
-            }
-            float *key = q + q_rows + kv_head * c.head_dim, *value = q + q_rows + kv_rows + kv_head * c.head_dim;
-            turn(key, layer.k_norm);
-            store(work.cache, index, work.sequence(row), kv_head, position, key, value);
-        }
-    });
-}
-
-// One head of a key and of a value, at their position.
-void Decoder::store(KvCache& cache, int index, int sequence, int kv_head, int position, const float* key,
-                    const float* value) const {
-    const int slot = position % cache.slots(index), lane = slot % KEY_BLOCK, head_dim = config_.head_dim;
-    const std::size_t block = static_cast<std::size_t>(slot - lane) * head_dim, row = static_cast<std::size_t>(slot) * head_dim;
-    const KvHead to = cache.head(index, sequence, kv_head);
-    if (cache.type() == CacheType::int8) {
-        to.key_scales[slot] = tier_.math.store_key_int8(key, head_dim, reinterpret_cast<std::int8_t*>(to.keys) + block, lane);
-        to.value_scales[slot] = tier_.math.store_value_int8(value, head_dim, reinterpret_cast<std::int8_t*>(to.values) + row);
-    } else {
-        tier_.math.store_key(key, head_dim, reinterpret_cast<std::uint16_t*>(to.keys) + block, lane);
-        tier_.math.store_value(value, head_dim, reinterpret_cast<std::uint16_t*>(to.values) + row);
-    }
-}
-
-namespace {
-
-int first_position(int position, int window) { return window > 0 ? std::max(0, position + 1 - window) : 0; }
-
-}  // namespace
-
-void Decoder::attend(Team& team, Work& work, int index) const {
-    const DecoderConfig& c = config_;
-    const int window = layers_[index].window, group = c.heads / c.kv_heads;
-    const int pieces = (group + QUERIES - 1) / QUERIES;
-    const int per_row = c.kv_heads * pieces * work.most_spans, units = work.rows * per_row;
-    const int spans_of_row = c.heads * work.most_spans;
-    // Units of neighbouring rows and spans read the same keys; most of them are in one claim.
-    team.phase(units, std::max(1, std::min(team.piece(units), 64)), [&](int begin, int end) {
-        for (int unit = begin; unit < end; ++unit) {
-            const int row = unit / per_row, rest = unit % per_row;
-            const int span = rest % work.most_spans, piece = rest / work.most_spans % pieces;
-            const int kv_head = rest / work.most_spans / pieces;
-            const int position = work.position(row);
-            const int from = std::max(first_position(position, window), span * SPAN);
-            const int to = std::min(position + 1, (span + 1) * SPAN);
-            if (from >= to) continue;
-            const int head = kv_head * group + piece * QUERIES, count = std::min(QUERIES, group - piece * QUERIES);
-            const KvHead at = work.cache.head(index, work.sequence(row), kv_head);
-            const std::size_t slot = static_cast<std::size_t>(span) * SPAN % work.cache.slots(index);
-            const std::size_t bytes = slot * c.head_dim * work.cache.number_bytes();
-            tier_.attend({work.qkv + row * work.qkv_stride + static_cast<std::size_t>(head) * c.head_dim,
-                          static_cast<std::size_t>(c.head_dim), count, c.head_dim, work.cache.type(), at.keys + bytes,
-                          at.values + bytes, at.key_scales + slot, at.value_scales + slot, from - span * SPAN,
-                          to - span * SPAN, c.attention_softcap,
-                          work.results + (static_cast<std::size_t>(row) * spans_of_row + head * work.most_spans + span) *
-                                             work.result_stride,
-                          work.most_spans * work.result_stride});
-        }
-    });
-}
-
-// Softmax over all spans of one head: Σ exp(m_span - m) · (sum, values).
-void Decoder::gather_head(const Work& work, int index, int row, int head, float* out) const {
-    const int head_dim = config_.head_dim, position = work.position(row);
-    const int begin = first_position(position, layers_[index].window) / SPAN, end = position / SPAN + 1;
-    const float* results =
-        work.results + static_cast<std::size_t>(row * config_.heads + head) * work.most_spans * work.result_stride;
-    const auto at = [&](int span) { return results + span * work.result_stride; };
-    float most = at(begin)[0];
-    for (int span = begin + 1; span < end; ++span) most = std::max(most, at(span)[0]);
-    float sum = 0.0f;
-    for (int span = begin; span < end; ++span) sum += std::exp(at(span)[0] - most) * at(span)[1];
-    for (int span = begin; span < end; ++span) {
-        const float factor = std::exp(at(span)[0] - most) / sum;
-        const float* values = at(span) + SPAN_HEADER;
-        for (int d = 0; d < head_dim; ++d) out[d] = (span == begin ? 0.0f : out[d]) + factor * values[d];
-    }
+    work.lap(id, StepProfile::down);
 }
 
 void Decoder::run_head(Team& team, int id, Work& work) const {
@@ -434,6 +316,7 @@ void Decoder::run_head(Team& team, int id, Work& work) const {
                             c.epsilon, scratch);
         return static_cast<const float*>(scratch);
     });
+    work.lap(id, StepProfile::head_input);
     multiply(team, projection, prepared, rows, work.logits, c.vocabulary, [&](int first, int last) {
         for (int row = 0; row < rows; ++row) {
             float* logits = work.logits + static_cast<std::size_t>(row) * c.vocabulary + first;
@@ -442,6 +325,7 @@ void Decoder::run_head(Team& team, int id, Work& work) const {
             if (c.logits_softcap != 0.0f) tier_.math.softcap(logits, last - first, c.logits_softcap);
         }
     });
+    work.lap(id, StepProfile::head);
 }
 
 }  // namespace halfbyte

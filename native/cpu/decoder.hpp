@@ -22,6 +22,7 @@
 
 #include "kv_cache.hpp"
 #include "linear.hpp"
+#include "step_profile.hpp"
 #include "team.hpp"
 
 namespace halfbyte {
@@ -59,6 +60,7 @@ struct DecoderStep {
     const std::int32_t* wanted;  // [wanted_rows], ascending: rows whose logits are wanted
     int wanted_rows;
     float* logits;  // [wanted_rows][vocabulary]
+    StepProfile* profile = nullptr;  // where the time goes is added to it
 };
 
 class Decoder {

@@ -140,6 +140,11 @@ class KvCache:
     @property
     def nbytes(self) -> int: ...
 
+class StepProfile:
+    def __init__(self) -> None: ...
+    @property
+    def seconds(self) -> dict[str, float]: ...
+
 class Decoder:
     def __init__(
         self,
@@ -160,6 +165,7 @@ class Decoder:
         positions: npt.NDArray[np.int32],
         wanted: npt.NDArray[np.int32],
         logits: npt.NDArray[np.float32],
+        profile: StepProfile | None = None,
     ) -> None: ...
     @property
     def nbytes(self) -> int: ...

@@ -242,6 +242,17 @@ def test_bench_prints_a_table(quantized: tuple[Path, dict[str, object]], verb: s
         assert word in table.stdout
 
 
+def test_bench_phases(quantized: tuple[Path, dict[str, object]]) -> None:
+    common = ["bench", "phases", quantized[0], "--threads", 2, "--context", "2,5", "--steps", 2]
+    document = json.loads(run(*common, "--json").stdout)
+    assert [(r["context"], r["phase"]) for r in document["results"]][::13] == [
+        (2, "embedding"), (2, "whole step"), (5, "head"),
+    ]  # fmt: skip
+    table = run(*common).stdout
+    assert "whole step" in table
+    assert "100.0%" in table
+
+
 def test_backends_says_what_is_picked_and_why() -> None:
     document = json.loads(run("backends", "--json", HALFBYTE_ISA="portable", HALFBYTE_THREADS="1").stdout)
     assert (document["tier"], document["threads"]) == ("portable", 1)
@@ -266,7 +277,7 @@ def test_models_list_names_the_sample() -> None:
     "verb",
     [
         *("quantize", "generate", "chat", "eval", "backends", "doctor", "models list", "models pull"),
-        *("bench decode", "bench prefill", "bench kernels"),
+        *("bench decode", "bench prefill", "bench kernels", "bench phases"),
     ],
 )
 def test_every_verb_has_help_with_an_example(verb: str) -> None:

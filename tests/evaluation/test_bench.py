@@ -12,6 +12,7 @@ import halfbyte
 from halfbyte.architectures.records import decoder_record
 from halfbyte.errors import ConfigError, OutputError, UnsupportedError
 from halfbyte.evaluation.bench import measure_decode, measure_kernels, measure_prefill
+from halfbyte.evaluation.phases import measure_phases
 from halfbyte.evaluation.shapes import SHAPES, write_random_model
 from halfbyte.runtime.decoder import NativeDecoder
 from tests.conftest import make_llama
@@ -64,6 +65,17 @@ def test_kernels_cover_every_matrix_once(model: halfbyte.Model) -> None:
     assert all(result.ratio == 1 for result in single)
     assert [result.rows for result in results] == [1, 3] * 5
     assert sum(result.matrices * result.nbytes for result in single) == decoder.step_bytes
+
+
+def test_phases_share_out_what_a_step_reads_and_takes(model: halfbyte.Model) -> None:
+    decoder = decoder_of(model)
+    *parts, whole = measure_phases(model, context=20, batch=2, threads=2, steps=3)
+    assert [part.phase for part in parts][:5] == ["embedding", "qkv_input", "qkv", "keys", "attention"]
+    assert len({part.phase for part in parts}) == len(parts) == 13
+    assert all(part.seconds > 0 and part.whole_seconds == whole.seconds for part in parts)
+    assert sum(part.nbytes for part in parts) == whole.nbytes == decoder.step_bytes + 2 * decoder.cache_bytes(21)
+    assert {part.phase for part in parts if part.nbytes} == {"qkv", "attention", "output", "gate_up", "down", "head"}
+    assert whole.floor_seconds == pytest.approx(whole.nbytes / whole.bandwidth)
 
 
 @pytest.mark.parametrize("threads", [1, 2])

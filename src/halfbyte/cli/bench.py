@@ -18,6 +18,7 @@ from halfbyte.errors import ConfigError
 
 if TYPE_CHECKING:
     from halfbyte.evaluation.bench import DecodeSpeed, KernelSpeed, PrefillSpeed
+    from halfbyte.evaluation.phases import PhaseSpeed
     from halfbyte.generation.model import Model
 
 app = typer.Typer(
@@ -138,6 +139,38 @@ def kernels_command(
     _report("kernels", _measure(model, shape, settings, measure), columns, _kernel_row, json)
 
 
+@app.command("phases")
+@interruptible
+def phases_command(
+    model: ModelArgument = None,
+    shape: ShapeOption = None,
+    context: Annotated[str, typer.Option(help="Tokens before the step; several as 0,512.")] = "512",
+    batch: BatchOption = "1",
+    threads: ThreadsOption = "auto",
+    steps: Annotated[int, typer.Option(help="Steps to take the median of.")] = 64,
+    compute: Compute = "auto",
+    head_bits: HeadBits = "auto",
+    cache: Cache = "auto",
+    json: JsonFlag = False,
+) -> None:
+    """Time the parts of a step of one token a sequence, and hold each against reading its bytes.
+
+    A part is summed over the layers. Waiting for the other threads belongs to it.
+
+    Example: halfbyte bench phases smollm2-4bit --threads 1
+    """
+    settings = _settings(compute, head_bits, cache)
+    cells = _cells(_numbers("--threads", threads, 1), _numbers("--context", context, 0), _numbers("--batch", batch, 1))
+
+    def measure(loaded: Model) -> list[PhaseSpeed]:
+        from halfbyte.evaluation.phases import measure_phases
+
+        return [row for t, c, b in cells for row in measure_phases(loaded, context=c, batch=b, threads=t, steps=steps)]
+
+    columns = ("threads", "context", "batch", "part", "µs", "of the step", "MB", "floor µs")
+    _report("phases", _measure(model, shape, settings, measure), columns, _phase_row, json)
+
+
 def _measure(
     model: str | None, shape: str | None, settings: dict[str, Any], measure: Callable[[Model], Sequence[Any]]
 ) -> dict[str, Any]:
@@ -228,6 +261,17 @@ def _kernel_row(result: KernelSpeed) -> Sequence[str]:
         f"{result.bytes_per_second / 1e9:.1f}",
         f"{result.bandwidth / 1e9:.1f}",
         f"{result.bandwidth_share:.0%}",
+    )
+
+
+def _phase_row(result: PhaseSpeed) -> Sequence[str]:
+    return (
+        *map(str, (result.threads, result.context, result.batch)),
+        result.phase,
+        f"{result.seconds * 1e6:,.0f}",
+        f"{result.seconds / result.whole_seconds:.1%}",
+        f"{result.nbytes / 1e6:,.1f}",
+        f"{result.floor_seconds * 1e6:,.0f}",
     )
 
 

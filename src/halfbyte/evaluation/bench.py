@@ -167,11 +167,11 @@ def measure_decode(
         ConfigError: a number too small.
         UnsupportedError: another engine runs the model.
     """
-    decoder = _decoder(model)
-    _check(context=(context, 0), batch=(batch, 1), steps=(steps, 1), rounds=(rounds, 1))
+    decoder = native_decoder(model)
+    check_numbers(context=(context, 0), batch=(batch, 1), steps=(steps, 1), rounds=(rounds, 1))
     threads = thread_count() if threads is None else threads
     cache = decoder.new_cache(batch, context + steps)
-    ids = _random_ids(decoder, batch, context + steps)
+    ids = random_ids(decoder, batch, context + steps)
     with native_threads(threads):
         if context:
             decoder.step(cache, [row[:context] for row in ids], logits="none")
@@ -216,11 +216,11 @@ def measure_prefill(
         ConfigError: a number too small.
         UnsupportedError: another engine runs the model.
     """
-    decoder = _decoder(model)
-    _check(context=(context, 1), batch=(batch, 1), rounds=(rounds, 1))
+    decoder = native_decoder(model)
+    check_numbers(context=(context, 1), batch=(batch, 1), rounds=(rounds, 1))
     threads = thread_count() if threads is None else threads
     cache = decoder.new_cache(batch, context)
-    ids = _random_ids(decoder, batch, context)
+    ids = random_ids(decoder, batch, context)
 
     def forget() -> None:
         for sequence in range(batch):
@@ -260,8 +260,8 @@ def measure_kernels(
     """
     from halfbyte import _native
 
-    decoder = _decoder(model)
-    _check(rounds=(rounds, 1), rows=(min(rows, default=0), 1))
+    decoder = native_decoder(model)
+    check_numbers(rounds=(rounds, 1), rows=(min(rows, default=0), 1))
     if rows[0] != 1:
         raise ConfigError(f"rows: expected 1 first, which the others are compared with, got {rows[0]}")
     threads = thread_count() if threads is None else threads
@@ -300,7 +300,12 @@ def measure_kernels(
     return results
 
 
-def _decoder(model: Model) -> NativeDecoder:
+def native_decoder(model: Model) -> NativeDecoder:
+    """The fused decoder of a model.
+
+    Raises:
+        UnsupportedError: another engine runs it.
+    """
     if not isinstance(model.engine, NativeDecoder):
         raise UnsupportedError(
             f"{model.folder}: bench measures the fused decoder, which does not run it: {model.not_fused}; "
@@ -309,13 +314,18 @@ def _decoder(model: Model) -> NativeDecoder:
     return model.engine
 
 
-def _check(**numbers: tuple[int, int]) -> None:
+def check_numbers(**numbers: tuple[int, int]) -> None:
+    """Refuse a number below its least: name = (value, least).
+
+    Raises:
+        ConfigError: for the first.
+    """
     for name, (value, least) in numbers.items():
         if value < least:
             raise ConfigError(f"{name}: expected at least {least}, got {value}")
 
 
-def _random_ids(decoder: NativeDecoder, sequences: int, tokens: int) -> list[list[int]]:
+def random_ids(decoder: NativeDecoder, sequences: int, tokens: int) -> list[list[int]]:
     """Pseudo-random prompts: speed does not depend on which tokens they are."""
     generator = torch.Generator().manual_seed(0)
     ids: list[list[int]] = torch.randint(decoder.vocabulary, (sequences, tokens), generator=generator).tolist()

@@ -170,13 +170,16 @@ class NativeDecoder:
             )
         )
 
-    def step(self, cache: DecoderCache, tokens: Sequence[Sequence[int]], *, logits: str = "last") -> torch.Tensor:
+    def step(
+        self, cache: DecoderCache, tokens: Sequence[Sequence[int]], *, logits: str = "last", profile: Any = None
+    ) -> torch.Tensor:
         """Append tokens to the sequences of a cache.
 
         Args:
             cache: of this decoder; its lengths move on.
             tokens: for each sequence its next token ids, possibly none.
             logits: "last" (of each sequence that got tokens), "all" (of every token) or "none".
+            profile: a `_native.StepProfile` to which the time of each part is added.
 
         Returns:
             float32 [rows, vocabulary], in the order of `tokens`.
@@ -208,6 +211,7 @@ class NativeDecoder:
             np.concatenate([np.arange(b - n, b, dtype=np.int32) for b, n in zip(lengths, counts, strict=True)]),
             wanted[logits].astype(np.int32),
             result.numpy(),
+            profile,
         )
         cache.advance(counts)
         return result
