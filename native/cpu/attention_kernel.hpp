@@ -1,8 +1,9 @@
 // One span of attention, see attention.hpp. Included by tier.hpp only.
 //
-// Scores: for each 16 positions and each d one load of keys per vector, widened from fp16 or int8, and one FMA a query: a chain
-// over d for each score. Values: one chain over the positions for each query and d. Operations: 2 · head_dim FMAs a query and
-// position, and 2 · head_dim conversions a position, shared by the queries. The scales of int8 cost nothing beside them: a
+// Scores: for each 16 positions and each d one load of keys per vector, widened from fp16 or int8, and one FMA a query: one to four
+// chains over d for each score. Values: one chain over the positions for each query and d. Operations: 2 · head_dim FMAs a query
+// and position, and 2 · head_dim conversions a position, shared by the queries. Scores take as long as fetching what they read,
+// so the values are fetched beside them. The scales of int8 cost nothing beside them: a
 // position's key scale multiplies its score, its value scale the weight that its value gets.
 #pragma once
 
@@ -18,7 +19,6 @@ template <class S>
 struct AttentionKernel {
     using F = typename S::F;
     static constexpr int VECTORS = KEY_BLOCK / S::WIDTH;
-    static constexpr int VALUE_VECTORS = 16 / S::WIDTH < 2 ? 2 : 16 / S::WIDTH;  // of head_dim at a time; 2 or 4
 
     static constexpr int LANES = 16;  // chains: one would wait for each addition
 
@@ -49,23 +49,38 @@ struct AttentionKernel {
     static F load(const std::uint16_t* p) { return S::load_f16(p); }
     static F load(const std::int8_t* p) { return S::load_i8(p); }
 
-    // Of the sixteen positions from `at` on.
+    static constexpr int power_of_two_within(int n) { return n < 2 ? 1 : 2 * power_of_two_within(n / 2); }
+    // Accumulators: with a weight or a query for each query and one number of the cache they fit sixteen registers.
+    static constexpr int ACCUMULATORS = 12;
+    static constexpr std::size_t CACHE_LINE = 64;
+
+    // Of the sixteen positions from `at` on. Meanwhile their values are fetched, which are wanted next.
     template <class N, int Q>
     static inline void scores(const AttentionSpan& a, float (*out)[SPAN], int at) {
+        constexpr int CHAINS = power_of_two_within(ACCUMULATORS / (Q * VECTORS));
         const N* keys = static_cast<const N*>(a.keys) + static_cast<std::size_t>(at) * a.head_dim;
-        F acc[Q][VECTORS];
-        for (int q = 0; q < Q; ++q)
-            for (int v = 0; v < VECTORS; ++v) acc[q][v] = S::set1(0.0f);
-        for (int d = 0; d < a.head_dim; ++d)
-            for (int v = 0; v < VECTORS; ++v) {
-                const F key = load(keys + static_cast<std::size_t>(d) * KEY_BLOCK + v * S::WIDTH);
-                for (int q = 0; q < Q; ++q)
-                    acc[q][v] = S::fma(S::set1(a.queries[q * a.query_stride + d]), key, acc[q][v]);
-            }
+        const N* values = static_cast<const N*>(a.values) + static_cast<std::size_t>(at) * a.head_dim;
+        F acc[CHAINS][Q][VECTORS];
+        for (int c = 0; c < CHAINS; ++c)
+            for (int q = 0; q < Q; ++q)
+                for (int v = 0; v < VECTORS; ++v) acc[c][q][v] = S::set1(0.0f);
+        for (int d = 0; d < a.head_dim; d += CHAINS) {
+            for (std::size_t line = 0; line < CHAINS * KEY_BLOCK * sizeof(N); line += CACHE_LINE)
+                __builtin_prefetch(values + static_cast<std::size_t>(d) * KEY_BLOCK + line / sizeof(N));
+            for (int c = 0; c < CHAINS; ++c)
+                for (int v = 0; v < VECTORS; ++v) {
+                    const F key = load(keys + static_cast<std::size_t>(d + c) * KEY_BLOCK + v * S::WIDTH);
+                    for (int q = 0; q < Q; ++q)
+                        acc[c][q][v] = S::fma(S::set1(a.queries[q * a.query_stride + d + c]), key, acc[c][q][v]);
+                }
+        }
         for (int v = 0; v < VECTORS; ++v) {
             const int to = at + v * S::WIDTH;
-            for (int q = 0; q < Q; ++q)
-                S::store(out[q] + to, IS_INT8<N> ? S::mul(acc[q][v], S::load(a.key_scales + to)) : acc[q][v]);
+            for (int q = 0; q < Q; ++q) {
+                F sum = acc[0][q][v];
+                for (int c = 1; c < CHAINS; ++c) sum = S::add(sum, acc[c][q][v]);
+                S::store(out[q] + to, IS_INT8<N> ? S::mul(sum, S::load(a.key_scales + to)) : sum);
+            }
         }
     }
 
@@ -76,15 +91,23 @@ struct AttentionKernel {
             for (int v = 0; v < V; ++v) acc[q][v] = S::set1(0.0f);
         for (int i = first; i < last; ++i) {
             const N* row = static_cast<const N*>(a.values) + static_cast<std::size_t>(i) * a.head_dim + d;
-            F value[V];
-            for (int v = 0; v < V; ++v) value[v] = load(row + v * S::WIDTH);
-            for (int q = 0; q < Q; ++q) {
-                const F weight = S::set1(weights[q][i]);
-                for (int v = 0; v < V; ++v) acc[q][v] = S::fma(weight, value[v], acc[q][v]);
+            F weight[Q];
+            for (int q = 0; q < Q; ++q) weight[q] = S::set1(weights[q][i]);
+            for (int v = 0; v < V; ++v) {
+                const F value = load(row + v * S::WIDTH);
+                for (int q = 0; q < Q; ++q) acc[q][v] = S::fma(weight[q], value, acc[q][v]);
             }
         }
         for (int q = 0; q < Q; ++q)
             for (int v = 0; v < V; ++v) S::store(a.result + q * a.result_stride + 2 + d + v * S::WIDTH, acc[q][v]);
+    }
+
+    // From d on, as many vectors at a time as there are accumulators for.
+    template <class N, int Q, int V>
+    static inline void values_from(const AttentionSpan& a, const float (*weights)[SPAN], int first, int last, int d) {
+        for (; d + V * S::WIDTH <= a.head_dim; d += V * S::WIDTH) values_at<N, Q, V>(a, weights, first, last, d);
+        if constexpr (V > 1)
+            if (d < a.head_dim) values_from<N, Q, V / 2>(a, weights, first, last, d);
     }
 
     template <class N, int Q>
@@ -102,10 +125,7 @@ struct AttentionKernel {
             if constexpr (IS_INT8<N>)
                 for (int i = first; i < last; ++i) w[i] *= a.value_scales[i];
         }
-        int d = 0;
-        for (; d + VALUE_VECTORS * S::WIDTH <= a.head_dim; d += VALUE_VECTORS * S::WIDTH)
-            values_at<N, Q, VALUE_VECTORS>(a, weights, first, last, d);
-        for (; d < a.head_dim; d += S::WIDTH) values_at<N, Q, 1>(a, weights, first, last, d);
+        values_from<N, Q, power_of_two_within(ACCUMULATORS / Q)>(a, weights, first, last, 0);
     }
 
     template <class N>

@@ -219,11 +219,12 @@ Decoder::Prepared Decoder::prepare(Team& team, int id, Work& work, const Project
     return result;
 }
 
-// y[rows][...] = every part's product; then after(first column, last column) by the thread that computed them.
+// y[rows][...] = every part's product; then after(first column, last column) by the thread that computed them: a multiple of
+// `together` blocks.
 template <class After>
 void Decoder::multiply(Team& team, const Projection& projection, const Prepared& prepared, int rows, float* y,
-                       std::size_t stride, const After& after) const {
-    team.phase(projection.blocks, team.piece(projection.blocks, 2), [&](int begin, int end) {
+                       std::size_t stride, const After& after, int together) const {
+    team.phase(projection.blocks, team.piece(projection.blocks, together), [&](int begin, int end) {
         int column = 0, start = 0;
         for (int i = 0; i < projection.count; ++i) {
             const Linear& part = *projection.parts[i];
@@ -277,10 +278,7 @@ void Decoder::run_layer(Team& team, int id, Work& work, int index) const {
     const Projections& p = projections_[index];
     const auto normed_rows = prepare(team, id, work, p.qkv, work.rows, normed(layer.attention_norm));
     work.lap(id, StepProfile::qkv_input);
-    multiply(team, p.qkv, normed_rows, work.rows, work.qkv, work.qkv_stride, nothing);
-    work.lap(id, StepProfile::qkv);
-    place_keys(team, work, index);
-    work.lap(id, StepProfile::keys);
+    multiply_qkv(team, id, work, normed_rows, index);
     attend(team, work, index);
     work.lap(id, StepProfile::attention);
     const auto attended = prepare(team, id, work, p.output, work.rows, [&](int row, float* scratch) {
@@ -304,6 +302,21 @@ void Decoder::run_layer(Team& team, int id, Work& work, int index) const {
     work.lap(id, StepProfile::down_input);
     finish(p.down, gated, layer.mlp_post_norm);
     work.lap(id, StepProfile::down);
+}
+
+// q, k and v; queries are turned and scaled, keys and values in the cache.
+void Decoder::multiply_qkv(Team& team, int id, Work& work, const Prepared& prepared, int index) const {
+    const Projection& projection = projections_[index].qkv;
+    const int head_dim = config_.head_dim;
+    const bool at_once = places_while_multiplying(team);
+    multiply(team, projection, prepared, work.rows, work.qkv, work.qkv_stride, [&](int first, int last) {
+        for (int row = 0; at_once && row < work.rows; ++row)
+            for (int head = first / head_dim; head < last / head_dim; ++head) place_head(work, index, row, head);
+    }, at_once ? head_dim / BLOCK_ROWS : 2);
+    work.lap(id, StepProfile::qkv);
+    if (at_once) return;
+    place_keys(team, work, index);
+    work.lap(id, StepProfile::keys);
 }
 
 void Decoder::run_head(Team& team, int id, Work& work) const {

@@ -1,14 +1,14 @@
 // A decoder-only transformer, all of it: one call a step, whatever the number of tokens and sequences.
 //
 // The architecture is data (`DecoderConfig`, one `DecoderLayer` a layer). A step is a program that the threads of a team go
-// through together (team.hpp), six phases a layer:
+// through together (team.hpp), five phases a layer:
 //
 //     1  norm, prepare  →  q, k, v                       blocks of 16 output rows
-//     2  norms of q and k, rotation, k and v to the cache   rows × key-value heads
-//     3  attention                                        rows × key-value heads × spans of 256 positions
-//     4  put spans together, prepare  →  output, + residual   blocks of 16 rows
-//     5  norm, prepare  →  gate, up                       blocks of 16 rows
-//     6  activation, prepare  →  down, + residual         blocks of 16 rows
+//        norms of q and k, rotation, k and v to the cache   heads, by the thread that computed them
+//     2  attention                                        rows × key-value heads × spans of 256 positions
+//     3  put spans together, prepare  →  output, + residual   blocks of 16 rows
+//     4  norm, prepare  →  gate, up                       blocks of 16 rows
+//     5  activation, prepare  →  down, + residual         blocks of 16 rows
 //
 // What a product needs prepared (norm, quantization of its input) every thread does for itself when there are few rows: cheaper
 // than one more barrier. Every number of a row is computed by the same operations in the same order whatever else is in the
@@ -108,8 +108,12 @@ class Decoder {
     void chunk(KvCache& cache, const DecoderStep& step, int first, int rows);
     void run(Team& team, int id, Work& work) const;
     void run_layer(Team& team, int id, Work& work, int index) const;
+    void multiply_qkv(Team& team, int id, Work& work, const Prepared& prepared, int index) const;
     void place_keys(Team& team, Work& work, int index) const;
-    void store(KvCache& cache, int index, int sequence, int kv_head, int position, const float* key, const float* value) const;
+    void place_head(Work& work, int index, int row, int number) const;
+    bool places_while_multiplying(const Team& team) const;
+    void store_key(KvCache& cache, int index, int sequence, int kv_head, int position, const float* key) const;
+    void store_value(KvCache& cache, int index, int sequence, int kv_head, int position, const float* value) const;
     void attend(Team& team, Work& work, int index) const;
     void gather_head(const Work& work, int index, int row, int head, float* out) const;
     void run_head(Team& team, int id, Work& work) const;
@@ -117,7 +121,7 @@ class Decoder {
     Prepared prepare(Team& team, int id, Work& work, const Projection& projection, int rows, const Produce& produce) const;
     template <class After>
     void multiply(Team& team, const Projection& projection, const Prepared& prepared, int rows, float* y, std::size_t stride,
-                  const After& after) const;
+                  const After& after, int together = 2) const;
     void add_normed(Team& team, Work& work, const std::vector<float>& norm) const;
 
     const Tier& tier_;

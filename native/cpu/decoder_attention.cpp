@@ -6,11 +6,15 @@
 
 namespace halfbyte {
 
+// With several heads for a thread, whoever computed a head of q, k or v also places it.
+bool Decoder::places_while_multiplying(const Team& team) const {
+    return config_.qk_norm != static_cast<int>(QkNorm::whole) && config_.heads + 2 * config_.kv_heads >= 3 * team.size();
+}
+
 void Decoder::place_keys(Team& team, Work& work, int index) const {
     const DecoderConfig& c = config_;
     const DecoderLayer& layer = layers_[index];
-    const Rotation& rotation = rotations_[layer.rotation];
-    const int group = c.heads / c.kv_heads, q_rows = c.heads * c.head_dim, kv_rows = c.kv_heads * c.head_dim;
+    const int q_rows = c.heads * c.head_dim, kv_rows = c.kv_heads * c.head_dim, heads = c.heads + 2 * c.kv_heads;
     if (c.qk_norm == static_cast<int>(QkNorm::whole))
         team.phase(work.rows, team.piece(work.rows), [&](int begin, int end) {
             for (int row = begin; row < end; ++row) {
@@ -19,43 +23,49 @@ void Decoder::place_keys(Team& team, Work& work, int index) const {
                 tier_.math.rms_norm(q + q_rows, layer.k_norm.data(), kv_rows, c.epsilon, q + q_rows);
             }
         });
-    const int units = work.rows * c.kv_heads;
+    const int units = work.rows * heads;
     team.phase(units, team.piece(units), [&](int begin, int end) {
-        for (int unit = begin; unit < end; ++unit) {
-            const int row = unit / c.kv_heads, kv_head = unit % c.kv_heads, position = work.position(row);
-            float* q = work.qkv + row * work.qkv_stride;
-            const float* cosines = rotation.cosines.data() + static_cast<std::size_t>(position) * c.rotary_pairs;
-            const float* sines = rotation.sines.data() + static_cast<std::size_t>(position) * c.rotary_pairs;
-            const auto turn = [&](float* head, const std::vector<float>& norm) {
-                if (c.qk_norm == static_cast<int>(QkNorm::heads))
-                    tier_.math.rms_norm(head, norm.data(), c.head_dim, c.epsilon, head);
-                tier_.math.rotate(head, cosines, sines, c.rotary_pairs);
-            };
-            for (int i = 0; i < group; ++i) {
-                float* head = q + (kv_head * group + i) * c.head_dim;
-                turn(head, layer.q_norm);
-                for (int d = 0; d < c.head_dim; ++d) head[d] *= c.attention_scale;
-            }
-            float *key = q + q_rows + kv_head * c.head_dim, *value = q + q_rows + kv_rows + kv_head * c.head_dim;
-            turn(key, layer.k_norm);
-            store(work.cache, index, work.sequence(row), kv_head, position, key, value);
-        }
+        for (int unit = begin; unit < end; ++unit) place_head(work, index, unit / heads, unit % heads);
     });
 }
 
-// One head of a key and of a value, at their position.
-void Decoder::store(KvCache& cache, int index, int sequence, int kv_head, int position, const float* key,
-                    const float* value) const {
+// One head of a row, counted through q, k and v: q and k are turned, q scaled, k and v stored.
+void Decoder::place_head(Work& work, int index, int row, int number) const {
+    const DecoderConfig& c = config_;
+    const DecoderLayer& layer = layers_[index];
+    const int position = work.position(row), sequence = work.sequence(row);
+    float* head = work.qkv + row * work.qkv_stride + static_cast<std::size_t>(number) * c.head_dim;
+    if (number >= c.heads + c.kv_heads) return store_value(work.cache, index, sequence, number - c.heads - c.kv_heads, position, head);
+    const bool is_query = number < c.heads;
+    if (c.qk_norm == static_cast<int>(QkNorm::heads))
+        tier_.math.rms_norm(head, (is_query ? layer.q_norm : layer.k_norm).data(), c.head_dim, c.epsilon, head);
+    const Rotation& rotation = rotations_[layer.rotation];
+    const std::size_t at = static_cast<std::size_t>(position) * c.rotary_pairs;
+    tier_.math.rotate(head, rotation.cosines.data() + at, rotation.sines.data() + at, c.rotary_pairs);
+    if (is_query)
+        for (int d = 0; d < c.head_dim; ++d) head[d] *= c.attention_scale;
+    else
+        store_key(work.cache, index, sequence, number - c.heads, position, head);
+}
+
+void Decoder::store_key(KvCache& cache, int index, int sequence, int kv_head, int position, const float* key) const {
     const int slot = position % cache.slots(index), lane = slot % KEY_BLOCK, head_dim = config_.head_dim;
-    const std::size_t block = static_cast<std::size_t>(slot - lane) * head_dim, row = static_cast<std::size_t>(slot) * head_dim;
+    const std::size_t block = static_cast<std::size_t>(slot - lane) * head_dim;
     const KvHead to = cache.head(index, sequence, kv_head);
-    if (cache.type() == CacheType::int8) {
+    if (cache.type() == CacheType::int8)
         to.key_scales[slot] = tier_.math.store_key_int8(key, head_dim, reinterpret_cast<std::int8_t*>(to.keys) + block, lane);
-        to.value_scales[slot] = tier_.math.store_value_int8(value, head_dim, reinterpret_cast<std::int8_t*>(to.values) + row);
-    } else {
+    else
         tier_.math.store_key(key, head_dim, reinterpret_cast<std::uint16_t*>(to.keys) + block, lane);
+}
+
+void Decoder::store_value(KvCache& cache, int index, int sequence, int kv_head, int position, const float* value) const {
+    const int slot = position % cache.slots(index), head_dim = config_.head_dim;
+    const std::size_t row = static_cast<std::size_t>(slot) * head_dim;
+    const KvHead to = cache.head(index, sequence, kv_head);
+    if (cache.type() == CacheType::int8)
+        to.value_scales[slot] = tier_.math.store_value_int8(value, head_dim, reinterpret_cast<std::int8_t*>(to.values) + row);
+    else
         tier_.math.store_value(value, head_dim, reinterpret_cast<std::uint16_t*>(to.values) + row);
-    }
 }
 
 namespace {
@@ -70,8 +80,9 @@ void Decoder::attend(Team& team, Work& work, int index) const {
     const int pieces = (group + QUERIES - 1) / QUERIES;
     const int per_row = c.kv_heads * pieces * work.most_spans, units = work.rows * per_row;
     const int spans_of_row = c.heads * work.most_spans;
-    // Units of neighbouring rows and spans read the same keys; most of them are in one claim.
-    team.phase(units, std::max(1, std::min(team.piece(units), 64)), [&](int begin, int end) {
+    // Units of neighbouring rows read the same keys; most of them are in one claim. Those of one row share nothing.
+    const int claim = work.rows == 1 ? 1 : std::max(1, std::min(team.piece(units), 64));
+    team.phase(units, claim, [&](int begin, int end) {
         for (int unit = begin; unit < end; ++unit) {
             const int row = unit / per_row, rest = unit % per_row;
             const int span = rest % work.most_spans, piece = rest / work.most_spans % pieces;

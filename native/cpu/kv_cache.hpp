@@ -29,7 +29,7 @@ struct KvHead {
     float *key_scales, *value_scales;  // with int8 only
 };
 
-// Untouched pages cost nothing.
+// Untouched pages cost nothing. A small cache asks for huge ones.
 class KvCache {
    public:
     // windows: of each layer, in positions; 0 for all. Throws std::invalid_argument or std::bad_alloc.

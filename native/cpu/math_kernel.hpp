@@ -80,7 +80,11 @@ struct MathKernel {
     }
 
     static void store_key(const float* key, int head_dim, std::uint16_t* block, int lane) {
-        for (int d = 0; d < head_dim; ++d) block[static_cast<std::size_t>(d) * KEY_BLOCK + lane] = to_f16(key[d]);
+        for (int d = 0; d < head_dim; d += KEY_BLOCK) {  // head_dim is a multiple of it
+            std::uint16_t halves[KEY_BLOCK];
+            S::narrow_f16(key + d, halves, KEY_BLOCK);
+            for (int i = 0; i < KEY_BLOCK; ++i) block[static_cast<std::size_t>(d + i) * KEY_BLOCK + lane] = halves[i];
+        }
     }
 
     static void store_value(const float* value, int head_dim, std::uint16_t* row) { S::narrow_f16(value, row, head_dim); }
