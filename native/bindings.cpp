@@ -199,23 +199,36 @@ void set_rotation(Decoder& decoder, int rotation, Floats2 cosines, Floats2 sines
     decoder.set_rotation(rotation, cosines.data(), sines.data(), static_cast<int>(cosines.shape(0)));
 }
 
-void step(Decoder& decoder, KvCache& cache, Numbers ids, Numbers sequences, Numbers positions, Numbers wanted,
-          MutableFloats2 logits, StepProfile* profile) {
+// Appends tokens[i] to sequence i, which has lengths[i] already. logits: 0 for none, 1 for those of each sequence's last token,
+// 2 for those of every token. `out` is the address of float32 [out_rows][vocabulary]. Lists and addresses, not arrays: between two
+// steps Python finds its code in no cache, and every array costs it a hundredth of a small model's step.
+void step(Decoder& decoder, KvCache& cache, const std::vector<std::vector<std::int32_t>>& tokens,
+          const std::vector<std::int32_t>& lengths, int logits, std::uintptr_t out, std::size_t out_rows, StepProfile* profile) {
     const DecoderConfig& c = decoder.config();
-    const std::size_t rows = ids.shape(0);
     require(decoder.takes(cache), "cache: made for another model");
-    require(rows >= 1 && rows < (std::size_t{1} << 24), "ids: must be at least one");
-    require(sequences.shape(0) == rows && positions.shape(0) == rows, "sequences, positions: must be as many as ids");
+    require(tokens.size() == static_cast<std::size_t>(cache.sequences()) && lengths.size() == tokens.size(),
+            "tokens, lengths: must be one for each sequence");
     const int limit = std::min(cache.capacity(), decoder.rotation_positions());
-    require(in_range(ids, c.vocabulary, false), "ids: must be below the vocabulary");
-    require(in_range(sequences, cache.sequences(), false), "sequences: must be below the cache's");
-    require(in_range(positions, limit, false), "positions: must be below the capacity");
-    require(in_range(wanted, rows, true), "wanted: must be ascending rows");
-    require(logits.shape(0) == wanted.shape(0) && (wanted.shape(0) == 0 || logits.shape(1) == static_cast<std::size_t>(c.vocabulary)),
-            "logits: must be [wanted, vocabulary]");
+    std::vector<std::int32_t> ids, sequences, positions, wanted;
+    for (std::size_t sequence = 0; sequence < tokens.size(); ++sequence) {
+        require(lengths[sequence] >= 0 && lengths[sequence] <= limit &&
+                    tokens[sequence].size() <= static_cast<std::size_t>(limit - lengths[sequence]),
+                "tokens: must fit into the cache");
+        std::int32_t position = lengths[sequence];
+        for (const std::int32_t id : tokens[sequence]) {
+            require(id >= 0 && id < c.vocabulary, "tokens: must be below the vocabulary");
+            if (logits == 2) wanted.push_back(static_cast<std::int32_t>(ids.size()));
+            positions.push_back(position++);
+            sequences.push_back(static_cast<std::int32_t>(sequence));
+            ids.push_back(id);
+        }
+        if (logits == 1 && !tokens[sequence].empty()) wanted.push_back(static_cast<std::int32_t>(ids.size()) - 1);
+    }
+    require(!ids.empty() && ids.size() < (std::size_t{1} << 24), "tokens: must be at least one");
+    require(wanted.size() == out_rows && (out_rows == 0 || out != 0), "out: must have a row for each token asked for");
     nb::gil_scoped_release release;
-    decoder.step(cache, {ids.data(), sequences.data(), positions.data(), static_cast<int>(rows), wanted.data(),
-                         static_cast<int>(wanted.shape(0)), logits.data(), profile});
+    decoder.step(cache, {ids.data(), sequences.data(), positions.data(), static_cast<int>(ids.size()), wanted.data(),
+                         static_cast<int>(wanted.size()), reinterpret_cast<float*>(out), profile});
 }
 
 nb::dict profile_seconds(const StepProfile& profile) {
@@ -294,7 +307,7 @@ void bind_decoder(nb::module_& m) {
                                reinterpret_cast<const void*>(embedding), static_cast<DType>(embedding_dtype));
         }, "config"_a, "layers"_a, "final_norm"_a, "head"_a, "embedding"_a, "embedding_dtype"_a, "tier"_a)
         .def("set_rotation", &set_rotation, "rotation"_a, "cosines"_a, "sines"_a)
-        .def("step", &step, "cache"_a, "ids"_a, "sequences"_a, "positions"_a, "wanted"_a, "logits"_a,
+        .def("step", &step, "cache"_a, "tokens"_a, "lengths"_a, "logits"_a, "out"_a, "out_rows"_a,
              "profile"_a.none() = nb::none())
         .def_prop_ro("nbytes", &Decoder::nbytes);
 }
@@ -320,14 +333,12 @@ NB_MODULE(_native, m) {
     m.def("known_tiers", &known_tiers, "Every tier by name.");
     m.def("set_threads", [](int threads) { ThreadPool::instance().set_threads(threads); }, "threads"_a);
     m.def("threads", [] { return ThreadPool::instance().threads(); });
-    m.def(
-        "measure_read_bandwidth",
-        [](std::size_t nbytes, int repeats, const std::string& tier) {
-            const Tier& picked = tier_named(tier);
-            nb::gil_scoped_release release;
-            return measure_read_bandwidth(picked, nbytes, repeats);
-        },
-        "nbytes"_a, "repeats"_a, "tier"_a);
+    nb::class_<ReadProbe>(m, "ReadProbe", "A buffer to read, again and again.")
+        .def("__init__", [](ReadProbe* self, std::size_t nbytes, const std::string& tier) {
+            new (self) ReadProbe(tier_named(tier), nbytes);
+        }, "nbytes"_a, "tier"_a)
+        .def("seconds", &ReadProbe::seconds, nb::call_guard<nb::gil_scoped_release>())
+        .def_prop_ro("nbytes", &ReadProbe::nbytes);
     m.def(
         "measure_peak_flops",
         [](const std::string& tier) {

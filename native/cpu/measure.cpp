@@ -13,6 +13,8 @@ namespace halfbyte {
 
 namespace {
 
+constexpr std::size_t CHUNK = 64 * 1024;
+
 double seconds_of(const std::function<void()>& fn) {
     const auto start = std::chrono::steady_clock::now();
     fn();
@@ -21,23 +23,18 @@ double seconds_of(const std::function<void()>& fn) {
 
 }  // namespace
 
-double measure_read_bandwidth(const Tier& tier, std::size_t nbytes, int repeats) {
-    constexpr std::size_t CHUNK = 64 * 1024;
-    const auto chunks = static_cast<int>(std::max<std::size_t>(1, nbytes / CHUNK));
-    const std::size_t size = chunks * CHUNK;
-    const auto buffer = weight_memory(size);  // as weights lie
-    std::memset(buffer.get(), 1, size);
+ReadProbe::ReadProbe(const Tier& tier, std::size_t nbytes)
+    : tier_(tier), nbytes_(std::max<std::size_t>(1, nbytes / CHUNK) * CHUNK), memory_(weight_memory(nbytes_)) {
+    std::memset(memory_.get(), 1, nbytes_);
+}
+
+double ReadProbe::seconds() {
     std::atomic<int> sink{0};
-    double best = 1e30;
-    for (int i = 0; i <= repeats; ++i) {
-        const double seconds = seconds_of([&] {
-            ThreadPool::instance().run(chunks, [&](int chunk) {
-                if (tier.read(buffer.get() + chunk * CHUNK, CHUNK) < 0.0f) sink.fetch_add(1);
-            });
+    return seconds_of([&] {
+        ThreadPool::instance().run(static_cast<int>(nbytes_ / CHUNK), [&](int chunk) {
+            if (tier_.read(memory_.get() + chunk * CHUNK, CHUNK) < 0.0f) sink.fetch_add(1);
         });
-        if (i > 0) best = std::min(best, seconds);  // the first pass only warms the caches
-    }
-    return static_cast<double>(size) / best;
+    });
 }
 
 double measure_peak_flops(const Tier& tier) {

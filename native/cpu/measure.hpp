@@ -2,13 +2,25 @@
 #pragma once
 
 #include <cstddef>
+#include <cstdint>
+#include <memory>
 
 #include "w4.hpp"
 
 namespace halfbyte {
 
-// Bytes per second read from a buffer of `nbytes` by the pool's threads together; best of `repeats` passes.
-double measure_read_bandwidth(const Tier& tier, std::size_t nbytes, int repeats);
+// A buffer of about `nbytes`, placed as weights are, that the pool's threads read together.
+class ReadProbe {
+   public:
+    ReadProbe(const Tier& tier, std::size_t nbytes);
+    double seconds();  // of one pass; the first finds the buffer in no cache, or in one that is too small
+    std::size_t nbytes() const { return nbytes_; }
+
+   private:
+    const Tier& tier_;
+    std::size_t nbytes_;
+    std::shared_ptr<std::uint8_t> memory_;
+};
 
 // float32 multiply-adds per second × 2, all of the pool's threads together.
 double measure_peak_flops(const Tier& tier);

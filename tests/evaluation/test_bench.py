@@ -72,7 +72,8 @@ def test_phases_share_out_what_a_step_reads_and_takes(model: halfbyte.Model) -> 
     *parts, whole = measure_phases(model, context=20, batch=2, threads=2, steps=3)
     assert [part.phase for part in parts][:5] == ["embedding", "qkv_input", "qkv", "keys", "attention"]
     assert len({part.phase for part in parts}) == len(parts) == 13
-    assert all(part.seconds > 0 and part.whole_seconds == whole.seconds for part in parts)
+    assert all(part.seconds > 0 for part in parts if part.phase != "keys")  # part of qkv where there are few threads
+    assert all(part.whole_seconds == whole.seconds for part in parts)
     assert sum(part.nbytes for part in parts) == whole.nbytes == decoder.step_bytes + 2 * decoder.cache_bytes(21)
     assert {part.phase for part in parts if part.nbytes} == {"qkv", "attention", "output", "gate_up", "down", "head"}
     assert whole.floor_seconds == pytest.approx(whole.nbytes / whole.bandwidth)

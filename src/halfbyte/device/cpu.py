@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import platform
+import statistics
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -177,12 +178,37 @@ def native_threads(threads: int) -> Iterator[None]:
         _native.set_threads(before)
 
 
-def read_bandwidth(nbytes: int, *, repeats: int = 7, threads: int | None = None) -> float:
-    """Bytes per second the threads together read from a buffer of `nbytes`, best of `repeats` passes."""
-    from halfbyte import _native
+class BandwidthProbe:
+    """Measures reading a buffer of a given size beside whatever is to be held against it.
 
+    Passes are as noisy as what they stand beside, so it takes turns with them, and both are medians.
+    """
+
+    def __init__(self, nbytes: int):
+        """Allocate and fill the buffer, placed as weights are."""
+        from halfbyte import _native
+
+        self._native = _native.ReadProbe(nbytes, pick_tier())
+        self._seconds: list[float] = []
+
+    def take(self) -> None:
+        """Read it twice with the threads there are now, the first time to find it in the caches it fits, if any."""
+        self._native.seconds()
+        self._seconds.append(self._native.seconds())
+
+    @property
+    def bandwidth(self) -> float:
+        """Bytes per second the threads together read; the median of the passes."""
+        return self._native.nbytes / statistics.median(self._seconds)
+
+
+def read_bandwidth(nbytes: int, *, repeats: int = 7, threads: int | None = None) -> float:
+    """Bytes per second the threads together read from a buffer of `nbytes`, median of `repeats` passes."""
+    probe = BandwidthProbe(nbytes)
     with native_threads(threads or thread_count()):
-        return _native.measure_read_bandwidth(nbytes, repeats, pick_tier())
+        for _ in range(repeats):
+            probe.take()
+    return probe.bandwidth
 
 
 def peak_flops(*, threads: int | None = None) -> float:

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 import torch
 
-from halfbyte.device.cpu import native_threads, peak_flops, read_bandwidth, thread_count
+from halfbyte.device.cpu import BandwidthProbe, native_threads, peak_flops, thread_count
 from halfbyte.errors import ConfigError, UnsupportedError
 from halfbyte.generation.model import Model
 from halfbyte.runtime.decoder import NativeDecoder
@@ -36,7 +36,7 @@ class DecodeSpeed:
         weight_bytes: of the layers' matrices, which a step reads once.
         head_bytes: of the output head.
         cache_bytes: keys and values a step in the middle of a round reads, of all sequences.
-        bandwidth: bytes per second read from a buffer of the weights' size, measured beside the steps.
+        bandwidth: bytes per second read from a buffer as large as all that a step reads, in turn with the rounds.
     """
 
     context: int
@@ -124,7 +124,7 @@ class KernelSpeed:
         seconds: median, for one matrix.
         nbytes: of one matrix.
         ratio: to the time with one row.
-        bandwidth: bytes per second read from a buffer of the size of all of them.
+        bandwidth: bytes per second read from a buffer of the size of all of them, in turn with the rounds.
     """
 
     out_features: int
@@ -172,6 +172,8 @@ def measure_decode(
     threads = thread_count() if threads is None else threads
     cache = decoder.new_cache(batch, context + steps)
     ids = random_ids(decoder, batch, context + steps)
+    cache_bytes = batch * decoder.cache_bytes(context + (steps + 1) // 2)
+    probe = BandwidthProbe(decoder.step_bytes + cache_bytes)
     with native_threads(threads):
         if context:
             decoder.step(cache, [row[:context] for row in ids], logits="none")
@@ -180,11 +182,15 @@ def measure_decode(
             for position in range(context, context + steps):
                 decoder.step(cache, [[row[position]] for row in ids])
 
-        def forget() -> None:
+        def restore() -> None:
             for sequence in range(batch):
                 cache.rollback(sequence, steps)
+            probe.take()
+            decoder.step(cache, [row[context : context + 1] for row in ids])  # brings the weights back
+            for sequence in range(batch):
+                cache.rollback(sequence, 1)
 
-        seconds = _median_seconds(run, rounds, afterwards=forget) / steps
+        seconds = _median_seconds(run, rounds, afterwards=restore) / steps
     head = decoder.matrices["lm_head"].nbytes
     return DecodeSpeed(
         context=context,
@@ -195,8 +201,8 @@ def measure_decode(
         seconds_per_step=seconds,
         weight_bytes=decoder.step_bytes - head,
         head_bytes=head,
-        cache_bytes=batch * decoder.cache_bytes(context + (steps + 1) // 2),
-        bandwidth=read_bandwidth(decoder.step_bytes, threads=threads),
+        cache_bytes=cache_bytes,
+        bandwidth=probe.bandwidth,
     )
 
 
@@ -274,13 +280,15 @@ def measure_kernels(
         for (outputs, inputs, form, nbytes), linears in kinds.items():
             arrays = {m: (torch.randn(m, inputs).numpy(), torch.empty(m, outputs).numpy()) for m in rows}
             times: dict[int, list[float]] = {m: [] for m in rows}
+            probe = BandwidthProbe(len(linears) * nbytes)
             for _ in range(rounds + 1):
+                probe.take()
+                _native.multiply_each(linears, *arrays[1])  # brings the weights back
                 for m, (x, y) in arrays.items():
                     start = time.perf_counter()
                     _native.multiply_each(linears, x, y)
                     times[m].append((time.perf_counter() - start) / len(linears))
             medians = {m: statistics.median(taken[1:]) for m, taken in times.items()}
-            bandwidth = read_bandwidth(len(linears) * nbytes, threads=threads)
             results += [
                 KernelSpeed(
                     out_features=outputs,
@@ -293,7 +301,7 @@ def measure_kernels(
                     seconds=seconds,
                     nbytes=nbytes,
                     ratio=seconds / medians[1],
-                    bandwidth=bandwidth,
+                    bandwidth=probe.bandwidth,
                 )
                 for m, seconds in medians.items()
             ]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import statistics
 from dataclasses import dataclass
 
-from halfbyte.device.cpu import native_threads, read_bandwidth, thread_count
+from halfbyte.device.cpu import BandwidthProbe, native_threads, thread_count
 from halfbyte.evaluation.bench import check_numbers, native_decoder, random_ids
 from halfbyte.generation.model import Model
 from halfbyte.runtime.decoder import NativeDecoder
@@ -25,7 +25,7 @@ class PhaseSpeed:
         seconds: median, of the thread that called; its waiting for the others is in it.
         whole_seconds: median of the whole step.
         nbytes: weights, or keys and values, that the part reads.
-        bandwidth: bytes per second read from a buffer of the size of all that a step reads.
+        bandwidth: bytes per second read from a buffer as large as all that a step reads, in turn with the steps.
     """
 
     phase: str
@@ -70,11 +70,20 @@ def measure_phases(
     threads = thread_count() if threads is None else threads
     cache = decoder.new_cache(batch, context + 1)
     ids = random_ids(decoder, batch, context + 1)
+    nbytes = _bytes_by_phase(decoder)
+    nbytes["attention"] = batch * decoder.cache_bytes(context + 1)
+    nbytes["whole step"] = sum(nbytes.values())
+    probe = BandwidthProbe(nbytes["whole step"])
     taken: dict[str, list[float]] = {}
     with native_threads(threads):
         if context:
             decoder.step(cache, [row[:context] for row in ids], logits="none")
         for number in range(steps + 4):
+            if number % 8 == 0:
+                probe.take()
+                decoder.step(cache, [row[context:] for row in ids])  # brings the weights back
+                for sequence in range(batch):
+                    cache.rollback(sequence, 1)
             profile = _native.StepProfile()
             decoder.step(cache, [row[context:] for row in ids], profile=profile)
             for sequence in range(batch):
@@ -83,14 +92,10 @@ def measure_phases(
                 parts = profile.seconds
                 for name, seconds in {**parts, "whole step": sum(parts.values())}.items():
                     taken.setdefault(name, []).append(seconds)
-    nbytes = _bytes_by_phase(decoder)
-    nbytes["attention"] = batch * decoder.cache_bytes(context + 1)
-    nbytes["whole step"] = sum(nbytes.values())
-    bandwidth = read_bandwidth(nbytes["whole step"], threads=threads)
     medians = {name: statistics.median(times) for name, times in taken.items()}
     whole = medians["whole step"]
     return [
-        PhaseSpeed(name, context, batch, threads, steps, seconds, whole, nbytes.get(name, 0), bandwidth)
+        PhaseSpeed(name, context, batch, threads, steps, seconds, whole, nbytes.get(name, 0), probe.bandwidth)
         for name, seconds in medians.items()
     ]
 
