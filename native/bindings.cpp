@@ -306,6 +306,7 @@ void bind_decoder(nb::module_& m) {
             new (self) Decoder(tier_named(tier), config, std::move(copies), std::move(final_norm), std::move(head),
                                reinterpret_cast<const void*>(embedding), static_cast<DType>(embedding_dtype));
         }, "config"_a, "layers"_a, "final_norm"_a, "head"_a, "embedding"_a, "embedding_dtype"_a, "tier"_a)
+        .def("with_layers", &Decoder::with_layers, "numbers"_a)
         .def("set_rotation", &set_rotation, "rotation"_a, "cosines"_a, "sines"_a)
         .def("step", &step, "cache"_a, "tokens"_a, "lengths"_a, "logits"_a, "out"_a, "out_rows"_a,
              "profile"_a.none() = nb::none())

@@ -93,6 +93,17 @@ Decoder::Decoder(const Tier& tier, const DecoderConfig& config, std::vector<Deco
     prepared_bytes_ = std::max(prepared_bytes_, head_->prepared_bytes());
 }
 
+Decoder Decoder::with_layers(const std::vector<int>& numbers) const {
+    std::vector<DecoderLayer> kept;
+    for (const int number : numbers) {
+        require(number >= 0 && number < layers(), "layers: no such layer");
+        kept.push_back(layers_[number]);
+    }
+    Decoder other(tier_, config_, std::move(kept), final_norm_, head_, embedding_, embedding_dtype_);
+    other.rotations_ = rotations_;
+    return other;
+}
+
 void Decoder::set_rotation(int rotation, const float* cosines, const float* sines, int positions) {
     const std::size_t count = static_cast<std::size_t>(positions) * config_.rotary_pairs;
     rotations_[rotation].cosines.assign(cosines, cosines + count);

@@ -72,6 +72,9 @@ class Decoder {
     Decoder(const Tier& tier, const DecoderConfig& config, std::vector<DecoderLayer> layers, std::vector<float> final_norm,
             std::shared_ptr<const Linear> head, const void* embedding, DType embedding_dtype);
 
+    // The same model with some of its layers only, over the same weights.
+    Decoder with_layers(const std::vector<int>& numbers) const;
+
     // Table `rotation`: [positions][rotary_pairs] of cosines and of sines, copied.
     void set_rotation(int rotation, const float* cosines, const float* sines, int positions);
     int rotation_positions() const;

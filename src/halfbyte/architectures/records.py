@@ -6,7 +6,8 @@ norms stand, how the norms' weights are stored, what is multiplied where, and ho
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 ACTIVATIONS = {
@@ -100,6 +101,15 @@ class DecoderRecord:
     logits_softcap: float
     windows: tuple[int, ...]
     layer_types: tuple[str, ...]
+
+    def with_layers(self, numbers: Sequence[int]) -> DecoderRecord:
+        """The record of a model that has only these layers."""
+        return replace(
+            self,
+            layers=len(numbers),
+            windows=tuple(self.windows[n] for n in numbers),
+            layer_types=tuple(self.layer_types[n] for n in numbers),
+        )
 
 
 def decoder_record(config: Any) -> DecoderRecord | str:

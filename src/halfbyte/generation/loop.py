@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Generator, Iterator, Sequence, Set
 from dataclasses import dataclass
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 import torch
 
@@ -13,6 +13,9 @@ from halfbyte.generation.text import Detokenizer, StopStrings
 from halfbyte.runtime.engine import Batch, Session
 from halfbyte.sampling.filters import SamplingParameters
 from halfbyte.sampling.sampler import Sampler
+
+if TYPE_CHECKING:
+    from halfbyte.generation.speculation import Speculation
 
 FinishReason = Literal["stop", "length"]
 
@@ -28,6 +31,7 @@ class Generation:
         prompt_tokens: length of the prompt.
         prefill_seconds: to the first token.
         decode_seconds: from there to the last token; in a stream, whatever is done with the pieces included.
+        speculation: what drafting did, for all prompts of the call together; None where nothing was asked to draft.
     """
 
     text: str
@@ -36,6 +40,7 @@ class Generation:
     prompt_tokens: int
     prefill_seconds: float
     decode_seconds: float
+    speculation: Speculation | None = None
 
     @property
     def new_tokens(self) -> int:
@@ -56,6 +61,7 @@ class Continuation:
         token_ids: those generated.
         text: of these, as far as it is certain.
         finish_reason: why it ended; None before it does.
+        sampler: chooses its tokens.
     """
 
     def __init__(
@@ -84,10 +90,15 @@ class Continuation:
         self.token_ids: list[int] = []
         self.finish_reason: FinishReason | None = None
         self._prompt_tokens, self._max_new_tokens = len(prompt), max_new_tokens
-        self._sampler, self._stop_ids = sampler, stop_ids
+        self.sampler, self._stop_ids = sampler, stop_ids
         self._detokenizer, self._stops = Detokenizer(decode), StopStrings(stop)
         self.text = ""
         self._started = self._first = self._last = 0.0
+
+    @property
+    def left(self) -> int:
+        """Tokens that may still be generated."""
+        return self._max_new_tokens - len(self.token_ids)
 
     def start(self) -> None:
         """Time runs from here."""
@@ -95,7 +106,10 @@ class Continuation:
 
     def take(self, logits: torch.Tensor) -> str:
         """Choose a token from the logits [vocab] after `pending`; the text that is certain now, possibly none."""
-        token = self._sampler.choose(logits)
+        return self.push(self.sampler.choose(logits))
+
+    def push(self, token: int) -> str:
+        """Take a token that `sampler` has chosen after `pending`; the text that is certain now."""
         if token in self._stop_ids:
             piece = self._finish("stop")
         else:

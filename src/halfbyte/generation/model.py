@@ -12,7 +12,11 @@ import torch
 from halfbyte.architectures.tokenizer import load_tokenizer
 from halfbyte.checkpoints.sources import resolve_model
 from halfbyte.errors import ConfigError, UnsupportedError
+from halfbyte.generation.draft_length import DraftLength
+from halfbyte.generation.draft_sources import draft_cost, make_drafter
+from halfbyte.generation.drafting import Drafter
 from halfbyte.generation.loop import Continuation, Generation, TextStream, continue_together, stream_text
+from halfbyte.generation.speculation import LONGEST_DRAFT, SpeculativeLoop
 from halfbyte.generation.text import parse_stop
 from halfbyte.runtime.engine import TransformersEngine
 from halfbyte.runtime.fusion import ModulesToFuse
@@ -36,6 +40,8 @@ class Settings(TypedDict, total=False):
     repetition_penalty: float
     stop: str | Sequence[str] | None
     seed: int | None
+    draft: str | Path | None
+    draft_length: int | Literal["auto"]
 
 
 def load(
@@ -119,6 +125,7 @@ class Model:
         self.not_fused = loaded.not_fused
         self.stop_ids = loaded.stop_ids
         self.fused = loaded.fused
+        self._drafters: dict[str | Path, Drafter] = {}
 
     @property
     def network(self) -> Any:
@@ -236,6 +243,8 @@ class Model:
         repetition_penalty: float = 1.0,
         stop: str | Sequence[str] | None = None,
         seed: int | None = None,
+        draft: str | Path | None = None,
+        draft_length: int | Literal["auto"] = "auto",
         stream: bool = False,
         return_details: bool = False,
     ) -> str | TextStream | Generation | list[str] | list[Generation]:
@@ -255,6 +264,10 @@ class Model:
             repetition_penalty: above 1 makes tokens that are already there less likely; acts before the others.
             stop: strings before which the text ends.
             seed: makes sampling repeatable, with as many threads; None draws a fresh one.
+            draft: what proposes tokens for this model to check several at a time: "int4", "ngram", "skip", or a smaller
+                model with the same tokenizer (`make_drafter` says what each is). The text is distributed as without,
+                and greedy text is the same; only the speed changes. None drafts nothing.
+            draft_length: tokens to propose at a time; "auto" finds out how many pay, and stops where none does.
             stream: of one prompt, return an iterator of pieces of text instead of the whole.
             return_details: return `Generation`s, which know why the text ended and how many tokens it has; a stream
                 has it in its `generation` when it has ended.
@@ -282,12 +295,45 @@ class Model:
             for index, one in enumerate(prompts)
         ]
         room = max(len(one.pending) for one in begun) + max_new_tokens
-        if stream:
+        if draft is not None:
+            loop = self._speculation(draft, draft_length, begun, room, clocked=temperature == 0 or seed is None)
+            if stream:
+                return TextStream(loop.stream(begun[0]))
+            results = loop.continue_together(begun)
+        elif stream:
             return TextStream(stream_text(self.engine.session(room), begun[0]))
-        results = continue_together(self.engine.batch(len(begun), room), begun)
+        else:
+            results = continue_together(self.engine.batch(len(begun), room), begun)
         if several:
             return results if return_details else [result.text for result in results]
         return results[0] if return_details else results[0].text
+
+    def _speculation(
+        self,
+        draft: str | Path,
+        draft_length: int | Literal["auto"],
+        continuations: Sequence[Continuation],
+        room: int,
+        *,
+        clocked: bool,
+    ) -> SpeculativeLoop:
+        """A loop over sequences that have begun; see `DraftLength` for `clocked`."""
+        fixed = draft_length != "auto"
+        longest = LONGEST_DRAFT if draft_length == "auto" else draft_length
+        if not isinstance(longest, int) or not 1 <= longest <= LONGEST_DRAFT:
+            raise ConfigError(f"draft_length: expected auto or 1 to {LONGEST_DRAFT}, got {draft_length!r}")
+        if draft not in self._drafters:
+            self._drafters[draft] = make_drafter(self, draft)
+        drafter = self._drafters[draft]
+        drafter.begin([one.pending for one in continuations], room + longest)
+        length = DraftLength(
+            longest,
+            fixed=fixed,
+            clocked=clocked,
+            draft_cost=draft_cost(self.engine, drafter),
+            gives_up=drafter.costs,
+        )
+        return SpeculativeLoop(self.engine.batch(len(continuations), room + longest), drafter, length)
 
     def continuation(
         self,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Sequence
 from typing import Any
 
@@ -129,6 +130,18 @@ class NativeDecoder:
         nbytes: int = self._native.nbytes
         return nbytes
 
+    def with_layers(self, numbers: Sequence[int]) -> NativeDecoder:
+        """The same model with some of its layers only, over the same weights; a draft of itself.
+
+        Args:
+            numbers: of the layers, ascending.
+        """
+        skipping = copy.copy(self)
+        skipping.record = self.record.with_layers(numbers)
+        skipping._native = self._native.with_layers(list(numbers))
+        skipping._rotations = copy.copy(self._rotations)
+        return skipping
+
     def cache_bytes(self, positions: int) -> int:
         """Bytes of keys and values the last of so many tokens of a sequence looks at."""
         probe = self.new_cache(1, 1)
@@ -236,6 +249,10 @@ class _DecoderSession:
         """See `Session`."""
         return self._decoder.step(self._cache, [ids])[0]
 
+    def step_all(self, ids: Sequence[int]) -> torch.Tensor:
+        """See `Session`."""
+        return self._decoder.step(self._cache, [ids], logits="all")
+
     def rollback(self, tokens: int) -> None:
         """See `Session`."""
         self._cache.rollback(0, tokens)
@@ -248,3 +265,11 @@ class _DecoderBatch:
     def step(self, tokens: Sequence[Sequence[int]]) -> torch.Tensor:
         """See `Batch`."""
         return self._decoder.step(self._cache, tokens)
+
+    def step_all(self, tokens: Sequence[Sequence[int]]) -> torch.Tensor:
+        """See `Batch`."""
+        return self._decoder.step(self._cache, tokens, logits="all")
+
+    def rollback(self, sequence: int, tokens: int) -> None:
+        """See `Batch`."""
+        self._cache.rollback(sequence, tokens)

@@ -21,6 +21,9 @@ class Session(Protocol):
     def step(self, ids: Sequence[int]) -> torch.Tensor:
         """Append token ids, at least one; float32 [vocabulary] on the CPU: the logits of what follows."""
 
+    def step_all(self, ids: Sequence[int]) -> torch.Tensor:
+        """The same; float32 [ids, vocabulary]: the logits of what follows each of them."""
+
     def rollback(self, tokens: int) -> None:
         """Forget the last `tokens` tokens.
 
@@ -39,6 +42,12 @@ class Batch(Protocol):
         Returns:
             float32 [sequences that got tokens, vocabulary] on the CPU: the logits of what follows in each, in order.
         """
+
+    def step_all(self, tokens: Sequence[Sequence[int]]) -> torch.Tensor:
+        """The same; float32 [tokens of all, vocabulary]: the logits of what follows each token, in order."""
+
+    def rollback(self, sequence: int, tokens: int) -> None:
+        """Forget the last tokens of one sequence; see `Session.rollback`."""
 
 
 class Engine(Protocol):
@@ -141,14 +150,21 @@ class _TransformersSession:
         self._whole = True  # whether every layer has come as far as `length`
         self.length = 0
 
-    @torch.inference_mode()
     def step(self, ids: Sequence[int]) -> torch.Tensor:
         """See `Session`."""
+        return self._step(ids, 1)[0]
+
+    def step_all(self, ids: Sequence[int]) -> torch.Tensor:
+        """See `Session`."""
+        return self._step(ids, len(ids))
+
+    @torch.inference_mode()
+    def _step(self, ids: Sequence[int], keep: int) -> torch.Tensor:
         step = torch.tensor([list(ids)], device=self._device)
         self._whole = False
         result: torch.Tensor = self._network(
-            input_ids=step, past_key_values=self._cache, use_cache=True, logits_to_keep=1
-        ).logits[0, -1]
+            input_ids=step, past_key_values=self._cache, use_cache=True, logits_to_keep=keep
+        ).logits[0, -keep:]
         self._whole, self.length = True, self.length + len(ids)
         return result.float().cpu()
 
@@ -177,3 +193,12 @@ class SequentialBatch:
         """See `Batch`."""
         pairs = zip(self._sessions, tokens, strict=True)
         return torch.stack([session.step(new) for session, new in pairs if new])
+
+    def step_all(self, tokens: Sequence[Sequence[int]]) -> torch.Tensor:
+        """See `Batch`."""
+        pairs = zip(self._sessions, tokens, strict=True)
+        return torch.cat([session.step_all(new) for session, new in pairs if new])
+
+    def rollback(self, sequence: int, tokens: int) -> None:
+        """See `Batch`."""
+        self._sessions[sequence].rollback(tokens)

@@ -15,6 +15,7 @@ class Sampler:
 
     Attributes:
         parameters: how.
+        generator: where its randomness comes from.
     """
 
     def __init__(self, parameters: SamplingParameters, generator: torch.Generator, prompt: Iterable[int]):
@@ -26,7 +27,7 @@ class Sampler:
             prompt: token ids.
         """
         self.parameters = parameters
-        self._generator = generator
+        self.generator = generator
         self._known = set(prompt) if parameters.repetition_penalty != 1 else set()
         self._seen = np.array(sorted(self._known), np.int64)
 
@@ -39,14 +40,29 @@ class Sampler:
         Raises:
             CheckpointError: logits that are not finite.
         """
-        penalty = self.parameters.repetition_penalty
-        if penalty != 1:
-            logits = penalised(logits, self._seen, penalty)
-        token = choose_token(logits, self.parameters, self._generator)
-        if penalty != 1 and token not in self._known:
-            self._known.add(token)
-            self._seen = np.append(self._seen, token)
+        token = choose_token(self.penalised(logits), self.parameters, self.generator)
+        self.see([token])
         return token
+
+    def penalised(self, logits: torch.Tensor) -> torch.Tensor:
+        """Logits [vocab] after the repetition penalty, if there is one, for the tokens seen so far."""
+        penalty = self.parameters.repetition_penalty
+        return logits if penalty == 1 else penalised(logits, self._seen, penalty)
+
+    def see(self, tokens: Iterable[int]) -> None:
+        """Count tokens chosen elsewhere as seen."""
+        if self.parameters.repetition_penalty == 1:
+            return
+        new = set(tokens) - self._known
+        if new:
+            self._known |= new
+            self._seen = np.append(self._seen, sorted(new))
+
+    def ahead(self) -> Sampler:
+        """A copy that may see other tokens; both draw from the same generator."""
+        copy = Sampler(self.parameters, self.generator, ())
+        copy._known, copy._seen = set(self._known), self._seen
+        return copy
 
 
 def sequence_generator(seed: int | None, sequence: int = 0) -> torch.Generator:

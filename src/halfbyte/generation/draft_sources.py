@@ -1,0 +1,112 @@
+"""What `draft=` may name, and the drafter that it becomes."""
+
+from __future__ import annotations
+
+import hashlib
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from halfbyte.checkpoints.cache import cache_folder
+from halfbyte.checkpoints.sources import resolve_model
+from halfbyte.errors import ConfigError, UnsupportedError
+from halfbyte.generation.drafting import Drafter, ModelDrafter, NgramDrafter
+from halfbyte.runtime.decoder import NativeDecoder
+from halfbyte.runtime.engine import Engine
+
+if TYPE_CHECKING:
+    from halfbyte.generation.model import Model
+
+NGRAM, INT4, SKIP = "ngram", "int4", "skip"
+# Layers that a self-draft leaves out of three, but for the first and the last few.
+EDGE_LAYERS = 2
+
+
+def make_drafter(model: Model, draft: str | Path) -> Drafter:
+    """The drafter that a name means.
+
+    Args:
+        model: the target.
+        draft: "ngram" (what followed the same tokens before), "int4" (the model's own 4-bit copy, made once and kept
+            in the cache), "skip" (the model itself without every second layer), or another model with the same
+            tokenizer: a folder, "sample:NAME" or a hub name.
+
+    Raises:
+        UnsupportedError: a draft that the model cannot have.
+        ConfigError: a model with another tokenizer.
+        HalfbyteError: a model that cannot be loaded.
+    """
+    if draft == NGRAM:
+        return NgramDrafter()
+    if draft == SKIP:
+        return ModelDrafter(_without_layers(model), "skip", vocabulary=model.engine.vocabulary)
+    if draft == INT4:
+        if model.quantized:
+            raise UnsupportedError(
+                f"draft int4: {model.folder} is quantized already, so a 4-bit copy would be no faster; try ngram"
+            )
+        folder = int4_copy(model.folder)
+    else:
+        folder = resolve_model(draft)
+    from halfbyte.generation.model import load
+
+    other = load(folder, device=str(model.device))
+    _check_tokenizers(model, other)
+    return ModelDrafter(other.engine, str(draft), vocabulary=model.engine.vocabulary)
+
+
+def draft_cost(target: Engine, drafter: Drafter) -> float:
+    """Of a draft step, in target steps: the ratio of what they read."""
+    if not isinstance(drafter, ModelDrafter):
+        return 0.0
+    return _step_bytes(drafter.engine) / _step_bytes(target)
+
+
+def int4_copy(folder: Path) -> Path:
+    """The folder of a model's 4-bit copy, which is quantized if it is not there yet."""
+    from halfbyte.quantization.config import QuantConfig
+    from halfbyte.quantization.pipeline import quantize
+
+    copy = cache_folder() / "drafts" / f"{folder.name}-{_fingerprint(folder)}"
+    if not (copy / "config.json").is_file():
+        copy.parent.mkdir(parents=True, exist_ok=True)
+        quantize(folder, copy, QuantConfig())
+    return copy
+
+
+def _fingerprint(folder: Path) -> str:
+    """Of what the copy is made from: config, names, sizes and times of the weights' files."""
+    digest = hashlib.sha256((folder / "config.json").read_bytes())
+    for path in sorted(folder.glob("*.safetensors")):
+        facts = path.stat()
+        digest.update(f"{path.name} {facts.st_size} {facts.st_mtime_ns}".encode())
+    return digest.hexdigest()[:12]
+
+
+def _without_layers(model: Model) -> NativeDecoder:
+    engine = model.engine
+    if not isinstance(engine, NativeDecoder):
+        raise UnsupportedError(f"draft skip: the fused decoder does not run {model.folder}: {model.not_fused}; try ngram")
+    layers = engine.record.layers
+    kept = [n for n in range(layers) if n < EDGE_LAYERS or n >= layers - EDGE_LAYERS or n % 2 == 0]
+    if len(kept) == layers:
+        raise UnsupportedError(f"draft skip: {model.folder} has {layers} layers, too few to leave any out; try ngram")
+    return engine.with_layers(kept)
+
+
+def _step_bytes(engine: Engine) -> int:
+    return engine.step_bytes if isinstance(engine, NativeDecoder) else engine.nbytes
+
+
+def _check_tokenizers(target: Model, draft: Model) -> None:
+    """Refuse a draft whose token ids mean something else."""
+    mine: dict[str, Any] = target.tokenizer.get_vocab()
+    other: dict[str, Any] = draft.tokenizer.get_vocab()
+    if mine == other:
+        return
+    differing = next((token for token in mine if other.get(token) != mine[token]), None)
+    if differing is None:
+        differing = next(token for token in other if token not in mine)
+    raise ConfigError(
+        f"draft {draft.folder}: has another tokenizer than {target.folder}: token {differing!r} is "
+        f"{other.get(differing, 'missing')} there and {mine.get(differing, 'missing')} here; a draft must share it"
+    )

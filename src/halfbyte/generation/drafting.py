@@ -1,0 +1,174 @@
+"""Drafters: what proposes tokens that the model then checks."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+
+from halfbyte.generation.suffix_automaton import SuffixAutomaton
+from halfbyte.runtime.engine import Engine
+from halfbyte.sampling.filters import draw_with_probabilities
+from halfbyte.sampling.sampler import Sampler
+
+
+@dataclass
+class Draft:
+    """Tokens proposed for one sequence.
+
+    Attributes:
+        token_ids: proposed, possibly none.
+        probabilities: float32 [vocab] for each, the very distribution it was drawn from; None if each was certain.
+        kind: drafts of one kind are accepted about equally often; the draft length is found for each by itself.
+    """
+
+    token_ids: list[int]
+    probabilities: list[torch.Tensor] | None = None
+    kind: int = 0
+
+
+class Drafter(Protocol):
+    """Proposes tokens for several sequences, of which it is told what became of them.
+
+    Attributes:
+        name: for people.
+        costs: whether a drafted token takes time worth counting.
+    """
+
+    name: str
+    costs: bool
+
+    def begin(self, prompts: Sequence[Sequence[int]], room: int) -> None:
+        """Sequences that begin with these token ids; none gets longer than `room`."""
+
+    def kinds(self, sequences: Sequence[int]) -> list[int]:
+        """Of the draft that each would get now: -1 if none."""
+
+    def propose(self, lengths: dict[int, int], samplers: Sequence[Sampler]) -> dict[int, Draft]:
+        """Drafts for some sequences.
+
+        Args:
+            lengths: sequence → tokens wanted at most, at least one.
+            samplers: of all sequences: how they choose their tokens, and what they have seen.
+        """
+
+    def extend(self, sequence: int, token_ids: Sequence[int]) -> None:
+        """Tokens that a sequence went on with."""
+
+
+class ModelDrafter:
+    """Another model with the same tokenizer, or a part of the same one."""
+
+    costs = True
+
+    def __init__(self, engine: Engine, name: str, *, vocabulary: int):
+        """Draft with an engine.
+
+        Args:
+            engine: of the model.
+            name: for people.
+            vocabulary: of the target; models with one tokenizer may fill theirs up to different sizes.
+        """
+        self.name, self.engine = name, engine
+        self._vocabulary = vocabulary
+
+    def begin(self, prompts: Sequence[Sequence[int]], room: int) -> None:
+        """See `Drafter`."""
+        self._ids = [list(prompt) for prompt in prompts]
+        self._cached = [0] * len(prompts)  # tokens the engine has of each sequence; all are right
+        self._batch = self.engine.batch(len(prompts), room)
+
+    def kinds(self, sequences: Sequence[int]) -> list[int]:
+        """See `Drafter`; all are of one kind."""
+        return [0] * len(sequences)
+
+    def propose(self, lengths: dict[int, int], samplers: Sequence[Sampler]) -> dict[int, Draft]:
+        """See `Drafter`."""
+        greedy = {i: samplers[i].parameters.temperature == 0 for i in lengths}
+        drafts = {i: Draft([], None if greedy[i] else []) for i in lengths}
+        ahead = {i: samplers[i].ahead() for i in lengths}
+        pending = {i: self._ids[i][self._cached[i] :] for i in lengths}
+        while pending:
+            rows = self._batch.step([pending.get(i, []) for i in range(len(self._ids))])
+            following = {}
+            for (i, new), logits in zip(sorted(pending.items()), rows, strict=True):
+                self._cached[i] += len(new)
+                token = self._draw(drafts[i], logits[: self._vocabulary], ahead[i])
+                if len(drafts[i].token_ids) < lengths[i]:
+                    following[i] = [token]
+            pending = following
+        self._drafted = {i: drafts[i].token_ids for i in lengths}
+        return drafts
+
+    def _draw(self, draft: Draft, logits: torch.Tensor, sampler: Sampler) -> int:
+        """The next token of a draft."""
+        if draft.probabilities is None:
+            token = sampler.choose(logits)
+        else:
+            token, row = draw_with_probabilities(sampler.penalised(logits), sampler.parameters, sampler.generator)
+            sampler.see([token])
+            draft.probabilities.append(torch.nn.functional.pad(row, (0, self._vocabulary - len(row))))
+        draft.token_ids.append(token)
+        return token
+
+    def extend(self, sequence: int, token_ids: Sequence[int]) -> None:
+        """See `Drafter`; drafted tokens that were refused are forgotten."""
+        fed = self._cached[sequence] - len(self._ids[sequence])  # drafted tokens that the engine has
+        if fed > 0:
+            drafted = self._drafted[sequence][:fed]
+            pairs = zip(drafted, token_ids, strict=False)
+            right = next((n for n, (old, new) in enumerate(pairs) if old != new), min(fed, len(token_ids)))
+            self._batch.rollback(sequence, fed - right)
+            self._cached[sequence] -= fed - right
+        self._ids[sequence] += token_ids
+
+
+class NgramDrafter:
+    """What followed the longest end of the sequence where it occurred before: prompt look-up (Saxena 2023)."""
+
+    name, costs = "ngram", False
+    # A single token that occurred before says next to nothing.
+    SHORTEST = 2
+    # Lengths of a repeat from which drafts are of another kind.
+    KINDS = (2, 3, 4, 6, 10, 18)
+
+    def begin(self, prompts: Sequence[Sequence[int]], room: int) -> None:
+        """See `Drafter`."""
+        self._texts = [SuffixAutomaton(prompt) for prompt in prompts]
+        self._found: list[tuple[int, int] | None] = [None] * len(prompts)
+
+    def kinds(self, sequences: Sequence[int]) -> list[int]:
+        """See `Drafter`; the longer the repeat, the surer."""
+        return [self._kind(self._repeat(i)[0]) for i in sequences]
+
+    def propose(self, lengths: dict[int, int], samplers: Sequence[Sampler]) -> dict[int, Draft]:
+        """See `Drafter`."""
+        drafts = {}
+        for i, length in lengths.items():
+            repeat, end = self._repeat(i)
+            kind = self._kind(repeat)
+            drafts[i] = Draft(_copied(self._texts[i].tokens, end, length) if kind >= 0 else [], kind=kind)
+        return drafts
+
+    def extend(self, sequence: int, token_ids: Sequence[int]) -> None:
+        """See `Drafter`."""
+        for token in token_ids:
+            self._texts[sequence].append(token)
+        self._found[sequence] = None
+
+    def _repeat(self, sequence: int) -> tuple[int, int]:
+        found = self._found[sequence]
+        if found is None:
+            found = self._found[sequence] = self._texts[sequence].longest_repeat()
+        return found
+
+    def _kind(self, repeat: int) -> int:
+        return sum(repeat >= least for least in self.KINDS) - 1
+
+
+def _copied(tokens: Sequence[int], start: int, length: int) -> list[int]:
+    """`length` tokens from `start` on, which may run into themselves: a text that repeats goes on repeating."""
+    period = len(tokens) - start
+    return [tokens[start + n % period] for n in range(length)]
