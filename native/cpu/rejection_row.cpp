@@ -65,7 +65,7 @@ RejectionFault TargetRow::prepare(const Tier& tier, const float* row, std::size_
         if (!logits) {
             for (std::size_t i = 0; i < count; ++i) work_[i] = std::log(row[i]);
             highest_ = std::log(highest_);
-            for (float& value : maxima_) value = std::log(value);
+            for (float& value : maxima_) value = std::log(std::max(value, 0.0f));  // empty groups hold -inf
         }
         const auto divisor = std::max(static_cast<float>(temperature), 1e-30f);
         tier.rejection.score(logits ? row : work_.data(), count, highest_, divisor, work_.data());

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import cache
 
 import torch
@@ -12,12 +13,11 @@ from halfbyte.sampling.rejection_inputs import Fault, RejectionInputs
 
 def reject_natively(inputs: RejectionInputs) -> tuple[torch.Tensor, torch.Tensor]:
     """Tokens [B, K + 1] and counts [B]; arguments and errors as for `rejection_sample`."""
-    sample = _sample_function()
     batch, drafts = inputs.draft_ids.shape
     ids = inputs.draft_ids.new_empty((batch, drafts + 1))
     counts = inputs.draft_ids.new_empty(batch)
     settings = None if inputs.settings is None else inputs.settings.values
-    faults = sample(
+    faults = _core()(
         inputs.draft_ids.data_ptr(),
         0 if inputs.draft_probs is None else inputs.draft_probs.data_ptr(),
         inputs.target.data_ptr(),
@@ -37,3 +37,12 @@ def reject_natively(inputs: RejectionInputs) -> tuple[torch.Tensor, torch.Tensor
         row = int((counts < 0).nonzero()[0])
         inputs.refuse(row, int(ids[row, 0]), Fault(-int(counts[row])))
     return ids, counts
+
+
+@cache
+def _core() -> Callable[..., int]:
+    """The native function, once the core knows how many threads to use."""
+    from halfbyte import _native
+
+    _native.set_threads(thread_count())
+    return _native.rejection_sample
