@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from enum import IntEnum
-from typing import NoReturn
+from typing import NamedTuple, NoReturn
 
 import numpy as np
 import torch
@@ -53,8 +53,7 @@ class Settings:
     min_p: bool
 
 
-@dataclass(frozen=True)
-class RejectionInputs:
+class RejectionInputs(NamedTuple):
     """Contiguous tensors on one device.
 
     Attributes:

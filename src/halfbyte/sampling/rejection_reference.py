@@ -20,6 +20,7 @@ class _FaultyError(Exception):
     """Which fault the row at hand has."""
 
 
+@torch.no_grad()
 def reject_by_loop(inputs: RejectionInputs) -> tuple[torch.Tensor, torch.Tensor]:
     """Tokens [B, K + 1] and counts [B]; arguments and errors as for `rejection_sample`."""
     batch, drafts = inputs.draft_ids.shape

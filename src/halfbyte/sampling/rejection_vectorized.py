@@ -38,6 +38,7 @@ class _State:
     row_faults: torch.Tensor | None
 
 
+@torch.no_grad()
 def reject_vectorized(inputs: RejectionInputs) -> tuple[torch.Tensor, torch.Tensor]:
     """Tokens [B, K + 1] and counts [B]; arguments and errors as for `rejection_sample`.
 
