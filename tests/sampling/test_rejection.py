@@ -56,7 +56,9 @@ def test_the_last_token_is_drawn_in_the_order_of_the_vocabulary(implementation: 
             empty, torch.zeros(1, 0, 4), torch.tensor([[P]]), uniforms=uniforms, implementation=implementation
         )
         assert (ids.tolist(), counts.tolist()) == ([[token]], [1])
-        ids, _ = halfbyte.rejection_sample(empty, None, torch.tensor([[P]]), uniforms=uniforms, implementation=implementation)
+        ids, _ = halfbyte.rejection_sample(
+            empty, None, torch.tensor([[P]]), uniforms=uniforms, implementation=implementation
+        )
         assert ids.tolist() == [[token]]
 
 
@@ -87,7 +89,9 @@ def test_lengths_cut_the_drafts_short(implementation: str) -> None:
 
 
 def test_ids_behind_the_length_are_not_looked_at(implementation: str) -> None:
-    found = sample([[0, -7]], [[P, [NAN] * 4]], [[P, P, [NAN] * 4]], [[0.0, 0.0, 0.6]], implementation, lengths=torch.tensor([1]))
+    found = sample(
+        [[0, -7]], [[P, [NAN] * 4]], [[P, P, [NAN] * 4]], [[0.0, 0.0, 0.6]], implementation, lengths=torch.tensor([1])
+    )
     assert found == ([[0, 1, -1]], [2])
 
 
@@ -144,7 +148,10 @@ def test_probabilities_with_a_temperature_are_powers(implementation: str) -> Non
 @pytest.mark.parametrize("logits", [False, True])
 def test_a_vocabulary_of_one(implementation: str, logits: bool) -> None:
     for drafts in (None, [[[1.0]]]):
-        assert sample([[0]], drafts, [[[1.0], [1.0]]], [[0.999, 0.999]], implementation, logits=logits) == ([[0, 0]], [2])
+        assert sample([[0]], drafts, [[[1.0], [1.0]]], [[0.999, 0.999]], implementation, logits=logits) == (
+            [[0, 0]],
+            [2],
+        )
 
 
 def test_nothing_at_all(implementation: str) -> None:
@@ -251,7 +258,10 @@ IDS, DRAFT, TARGET = torch.zeros(2, 3, dtype=torch.int64), torch.full((2, 3, 4),
         ({"draft_ids": IDS[0]}, r"^draft_ids: expected \[batch, drafts\], got \[3\]"),
         ({"draft_ids": IDS.int()}, "^draft_ids: expected int64, got int32"),
         ({"draft_probs": DRAFT[:, :2]}, r"^draft_probs: expected \[2, 3, 4\], got \[2, 2, 4\]"),
-        ({"draft_probs": DRAFT.bfloat16()}, "^draft_probs: expected float32, got bfloat16; draw from and pass the same"),
+        (
+            {"draft_probs": DRAFT.bfloat16()},
+            "^draft_probs: expected float32, got bfloat16; draw from and pass the same",
+        ),
         ({"target_probs": TARGET[:, :3]}, r"^target_probs: expected \[2, 4, 4\], got \[2, 3, 4\]"),
         ({"target_probs": TARGET.half()}, "^target_probs: expected float32, got float16"),
         ({"target_probs": TARGET[:, :, :0]}, "^target_probs: expected a vocabulary of 1 to"),
@@ -265,7 +275,10 @@ IDS, DRAFT, TARGET = torch.zeros(2, 3, dtype=torch.int64), torch.full((2, 3, 4),
         ({"top_p": 0.0}, r"^top_p: expected a number in \(0, 1\], got 0"),
         ({"top_p": torch.tensor([0.5, 1.5])}, r"^top_p: expected a number in \(0, 1\], got 1.5"),
         ({"min_p": 1.5}, r"^min_p: expected a number in \[0, 1\], got 1.5"),
-        ({"implementation": "quick"}, "^implementation: expected auto, reference, vectorized, native or cuda, got 'quick'"),
+        (
+            {"implementation": "quick"},
+            "^implementation: expected auto, reference, vectorized, native or cuda, got 'quick'",
+        ),
         ({"implementation": "cuda"}, "^implementation cuda: not there yet; take vectorized"),
     ],
 )

@@ -47,8 +47,8 @@ def rejection_sample(
 
     Leviathan, Kalman, Matias 2023, algorithm 1: draft x is accepted with probability min(1, p(x) / q(x)), that is where
     u · q(x) < p(x); at the first rejection a token is drawn from max(p - q, 0) instead, behind the last draft from p.
-    Every implementation returns the same tokens for the same `uniforms` (with logits or a temperature other than 0 and 1:
-    unless a number lies within 1e-6 of a boundary).
+    Every implementation returns the same tokens for the same `uniforms` (with logits or a temperature other than 0 and
+    1: unless a number lies within 1e-6 of a boundary).
 
     Args:
         draft_ids: int64 [B, K].
@@ -103,9 +103,7 @@ def rejection_sample(
     )
 
 
-def _pick(
-    implementation: str, target: torch.Tensor
-) -> Callable[[RejectionInputs], tuple[torch.Tensor, torch.Tensor]]:
+def _pick(implementation: str, target: torch.Tensor) -> Callable[[RejectionInputs], tuple[torch.Tensor, torch.Tensor]]:
     if implementation == "auto":
         return reject_natively if target.is_cpu else reject_vectorized
     if implementation == "cuda":
@@ -160,9 +158,7 @@ def _check(
         raise ConfigError(f"{name}: expected it on {device}, where target_probs is, got {tensor.device}")
 
 
-def _settings(
-    given: tuple[Number | None, ...], batch: int, vocabulary: int, device: torch.device
-) -> Settings | None:
+def _settings(given: tuple[Number | None, ...], batch: int, vocabulary: int, device: torch.device) -> Settings | None:
     """The four settings as one tensor, or None where none does anything."""
     columns, active = [], []
     for (name, neutral, expected, allowed), value in zip(_FILTERS, given, strict=True):

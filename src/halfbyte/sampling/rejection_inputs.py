@@ -110,9 +110,7 @@ class RejectionInputs(NamedTuple):
         numbers = values.cpu().numpy()
         at = int(np.flatnonzero(~(numbers < np.inf if logits else is_probability(numbers)))[0])
         expected = "logits below infinity" if logits else "probabilities from 0 to 1 (logits need logits=True)"
-        return (
-            f"{name}[{row}, {position}, {at}]: expected {expected}, got {numbers[at]}; check what the model computed there"
-        )
+        return f"{name}[{row}, {position}, {at}]: expected {expected}, got {numbers[at]}; check what the model computed"
 
 
 def is_probability(values: np.ndarray) -> np.ndarray:

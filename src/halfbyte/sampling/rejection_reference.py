@@ -45,8 +45,8 @@ def _sample_row(inputs: RejectionInputs, row: int) -> list[int]:
             p = _target_row(inputs, row, position)
             q = _draft_row(inputs, row, position, draft_ids[position])
             token = draft_ids[position]
-            _require(is_probability(p[token]), Fault.TARGET)
-            _require(is_probability(q[token]), Fault.DRAFT)
+            _require(bool(is_probability(p[token])), Fault.TARGET)
+            _require(bool(is_probability(q[token])), Fault.DRAFT)
             if uniforms[position] * q[token] < p[token]:  # probability min(1, p / q)
                 tokens.append(token)
                 continue
@@ -90,9 +90,7 @@ def _target_row(inputs: RejectionInputs, row: int, position: int) -> Floats:
         return filtered_row(values, logits=True) if inputs.logits else values
     settings = inputs.settings.values
     temperature, top_k, top_p, min_p = settings[row if len(settings) > 1 else 0].tolist()
-    return filtered_row(
-        values, logits=inputs.logits, temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p
-    )
+    return filtered_row(values, logits=inputs.logits, temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p)
 
 
 def filtered_row(
@@ -132,7 +130,8 @@ def filtered_row(
     weights = np.where(weights >= least, weights, np.float32(0))
     total = int(fixed_point(weights).sum())
     _require(total > 0, Fault.NO_MASS)
-    return weights * np.float32(FIXED_POINT / total)
+    probabilities: Floats = weights * np.float32(FIXED_POINT / total)
+    return probabilities
 
 
 def fixed_point(weights: Floats) -> Masses:

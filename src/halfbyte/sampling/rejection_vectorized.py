@@ -91,7 +91,7 @@ def _sample(inputs: RejectionInputs) -> tuple[torch.Tensor, torch.Tensor, _State
 
 
 def _draw(weights: torch.Tensor, instead: torch.Tensor, uniforms: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Tokens [B, 1] by the inverse distribution, from `instead` where `weights` [B, V] have no mass; and the mass [B]."""
+    """Tokens [B, 1] by inverse distribution, from `instead` where `weights` [B, V] have no mass; and the mass [B]."""
     below = fixed_point(weights).cumsum(1)
     empty = below[:, -1:] == 0
     if not weights.is_cpu or bool(empty.any()):
@@ -125,7 +125,9 @@ def _find_faults(inputs: RejectionInputs, state: _State) -> tuple[torch.Tensor, 
     drafts, vocabulary = inputs.draft_ids.shape[1], inputs.target.shape[2]
     steps = torch.arange(drafts + 1, device=inputs.target.device)
     valid = steps[:drafts] < state.lengths[:, None]
-    found = torch.zeros_like(inputs.uniforms, dtype=torch.int64) if state.row_faults is None else state.row_faults.clone()
+    found = (
+        torch.zeros_like(inputs.uniforms, dtype=torch.int64) if state.row_faults is None else state.row_faults.clone()
+    )
 
     def note(places: torch.Tensor, bad: torch.Tensor, fault: Fault) -> None:
         """In place, unless something was found there before."""
