@@ -1,8 +1,10 @@
-"""What the tests of the rejection samplers share: the implementations, random cases, Pearson's chi-square."""
+"""What the tests of the rejection samplers share: the implementations, random cases, two assertions."""
 
 from __future__ import annotations
 
 import torch
+
+from halfbyte.evaluation.chi_square import chi_square
 
 IMPLEMENTATIONS = ["reference", "vectorized", "native"]
 
@@ -29,25 +31,6 @@ def random_case(
     shift = noise * torch.randn(batch, drafts, vocabulary, generator=source)
     q = torch.softmax(logits[:, :drafts] + shift, dim=-1)
     return draw(q, seed + 1), q, logits, torch.rand(batch, drafts + 1, generator=source)
-
-
-def chi_square(counts: torch.Tensor, expected: torch.Tensor) -> tuple[float, float]:
-    """Pearson's statistic of counts [V] against probabilities [V], and what it exceeds once in 10^7 honest runs.
-
-    Outcomes expected fewer than 5 times are thrown together (Cochran 1954); the limit is Wilson and Hilferty's (1931).
-    """
-    total = float(counts.sum())
-    mass = expected.double() / expected.double().sum() * total
-    assert int(counts[mass == 0].sum()) == 0, "a token that has no probability"
-    rare = mass < 5
-    seen, wanted = counts[~rare].double(), mass[~rare]
-    if float(mass[rare].sum()) >= 5:
-        seen = torch.cat([seen, counts[rare].sum().double()[None]])
-        wanted = torch.cat([wanted, mass[rare].sum()[None]])
-    statistic = float(((seen - wanted) ** 2 / wanted).sum())
-    freedom = max(len(wanted) - 1, 1)
-    part = 2 / (9 * freedom)
-    return statistic, freedom * (1 - part + 5.2 * part**0.5) ** 3
 
 
 def assert_distributed(tokens: torch.Tensor, expected: torch.Tensor) -> None:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
+from functools import lru_cache
 
 import torch
 
@@ -20,11 +22,11 @@ IMPLEMENTATIONS: dict[str, Callable[[RejectionInputs], tuple[torch.Tensor, torch
     "native": reject_natively,
 }
 # Columns of `Settings.values`: name, what keeps everything, what else is allowed, the check.
-_FILTERS: tuple[tuple[str, float, str, Callable[[torch.Tensor], torch.Tensor]], ...] = (
-    ("temperature", 1.0, "0 or more", lambda v: (v >= 0) & (v < torch.inf)),
-    ("top_k", float(MAX_VOCABULARY), "whole numbers of at least 1", lambda v: (v >= 1) & (v == v.floor())),
-    ("top_p", 1.0, "a number in (0, 1]", lambda v: (v > 0) & (v <= 1)),
-    ("min_p", 0.0, "a number in [0, 1]", lambda v: (v >= 0) & (v <= 1)),
+_FILTERS: tuple[tuple[str, float, str, Callable[[float], bool]], ...] = (
+    ("temperature", 1.0, "0 or more", lambda v: 0 <= v < math.inf),
+    ("top_k", float(MAX_VOCABULARY), "whole numbers of at least 1", lambda v: v >= 1 and v == v // 1),
+    ("top_p", 1.0, "a number in (0, 1]", lambda v: 0 < v <= 1),
+    ("min_p", 0.0, "a number in [0, 1]", lambda v: 0 <= v <= 1),
 )
 
 
@@ -154,26 +156,50 @@ def _check(
         hint = "; draw from and pass the same float32 tensor" if name == "draft_probs" else ""
         names = " or ".join(str(dtype).removeprefix("torch.") for dtype in dtypes)
         raise ConfigError(f"{name}: expected {names}, got {str(tensor.dtype).removeprefix('torch.')}{hint}")
-    if tensor.device != device:
+    if not (tensor.is_cpu and device.type == "cpu") and tensor.device != device:
         raise ConfigError(f"{name}: expected it on {device}, where target_probs is, got {tensor.device}")
 
 
 def _settings(given: tuple[Number | None, ...], batch: int, vocabulary: int, device: torch.device) -> Settings | None:
     """The four settings as one tensor, or None where none does anything."""
-    columns, active = [], []
+    if any(isinstance(value, torch.Tensor) for value in given):
+        columns = [
+            torch.as_tensor(neutral if value is None else value, dtype=torch.float64, device=device)
+            for (_, neutral, _, _), value in zip(_FILTERS, given, strict=True)
+        ]
+        for (name, _, expected, allowed), column in zip(_FILTERS, columns, strict=True):
+            if column.dim() > 1 or (column.dim() == 1 and len(column) != batch):
+                raise ConfigError(
+                    f"{name}: expected a number or one for each of {batch} rows, got {list(column.shape)}"
+                )
+            if column.is_cpu:  # elsewhere looking would be waiting
+                _check_numbers(name, column.reshape(-1).tolist(), expected, allowed)
+        idle = [not isinstance(value, torch.Tensor) and _is_idle(i, value, vocabulary) for i, value in enumerate(given)]
+        values = torch.stack([column.expand(batch) for column in columns], dim=1).contiguous()
+        return Settings(values, *(not one for one in idle))
+    return _scalar_settings(given, vocabulary, device)
+
+
+@lru_cache(maxsize=64)
+def _scalar_settings(given: tuple[float | None, ...], vocabulary: int, device: torch.device) -> Settings | None:
+    """The same for every row; one call after the other has the same ones."""
+    numbers = []
     for (name, neutral, expected, allowed), value in zip(_FILTERS, given, strict=True):
-        column = torch.as_tensor(neutral if value is None else value, dtype=torch.float64, device=device)
-        if column.dim() > 1 or (column.dim() == 1 and len(column) != batch):
-            raise ConfigError(f"{name}: expected a number or one for each of {batch} rows, got {list(column.shape)}")
-        if column.is_cpu and not bool(allowed(column).all()):  # elsewhere looking would be waiting
-            got = next(number for number in column.reshape(-1).tolist() if not allowed(torch.tensor(number)))
-            raise ConfigError(f"{name}: expected {expected}, got {got}")
-        columns.append(column)
-        known = column.is_cpu or not isinstance(value, torch.Tensor)
-        idle = column >= vocabulary if name == "top_k" else column == neutral
-        active.append(not known or not bool(idle.all()))
-    if not any(active):
+        numbers.append(neutral if value is None else float(value))
+        _check_numbers(name, numbers[-1:], expected, allowed)
+    idle = [_is_idle(i, number, vocabulary) for i, number in enumerate(numbers)]
+    if all(idle):
         return None
-    rows = max(column.dim() for column in columns)
-    values = torch.stack([column.expand(batch if rows else 1) for column in columns], dim=1).contiguous()
-    return Settings(values, *active)
+    return Settings(torch.tensor([numbers], dtype=torch.float64, device=device), *(not one for one in idle))
+
+
+def _is_idle(column: int, value: float | torch.Tensor | None, vocabulary: int) -> bool:
+    """Whether a number, not a tensor, changes nothing."""
+    name, neutral = _FILTERS[column][:2]
+    return value is None or bool(value >= vocabulary if name == "top_k" else value == neutral)
+
+
+def _check_numbers(name: str, numbers: list[float], expected: str, allowed: Callable[[float], bool]) -> None:
+    for number in numbers:
+        if not allowed(number):
+            raise ConfigError(f"{name}: expected {expected}, got {number}")
