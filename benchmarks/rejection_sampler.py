@@ -6,8 +6,8 @@ Targets are softmax(3·N(0, 1)), drafts the same logits with noise for an accept
 256, 2 to 16 drafts, vocabularies of 32,000 and 128,000. In every cell the baseline and all implementations take turns;
 medians are printed, each cell's, none left out but those above the memory limit, which are named. `floor` is the time
 to read what must be read (p and q at a rejection, p behind the last draft) at the bandwidth measured on a buffer as
-large as all probabilities. A second table has logits and filters, which the baseline does not know: there the ratio is to the
-reference. The last line is JSON.
+large as all probabilities. A second table has logits and filters, which the baseline does not know: there the ratio is
+to the reference. The last line is JSON.
 """
 
 from __future__ import annotations
@@ -24,9 +24,8 @@ from typing import Any
 import torch
 from sampler_baseline import rejection_sample_loop
 
-from halfbyte import _native
 from halfbyte.device.cpu import cpu_info, thread_count
-from halfbyte.evaluation.sampler import SamplerSpeed, measure_samplers, synthetic_case
+from halfbyte.evaluation.sampler import SamplerSpeed, measure_samplers, synthetic_case, using_threads
 
 ACCEPTANCES, BATCHES, DRAFTS, VOCABULARIES = (0.3, 0.7, 0.95), (1, 4, 16, 64, 256), (2, 4, 8, 16), (32_000, 128_000)
 FILTERS: dict[str, dict[str, Any]] = {
@@ -172,13 +171,11 @@ def main() -> None:
     options = parse()
     torch.manual_seed(0)
     torch.set_grad_enabled(False)
-    torch.set_num_threads(options.threads)
-    measure_samplers(synthetic_case(1, 1, 8, 0.7), acceptance=0.7, threads=options.threads, seconds=0.0)  # warms up
-    _native.set_threads(options.threads)
     info = cpu_info()
     print(f"{info.model}, {options.threads} threads; microseconds, and times the baseline")
-    results = measure(options, options.threads)
-    filters = measure_filters(options, options.threads)
+    with using_threads(options.threads):
+        results = measure(options, options.threads)
+        filters = measure_filters(options, options.threads)
     summary = summarise(results)
     print("\nTimes the baseline:")
     for name, value in summary.items():

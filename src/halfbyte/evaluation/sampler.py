@@ -7,13 +7,14 @@ from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 
-from halfbyte.device.cpu import read_bandwidth
+from halfbyte.device.cpu import native_threads, read_bandwidth
 from halfbyte.errors import ConfigError
 from halfbyte.sampling.rejection import IMPLEMENTATIONS, rejection_sample
 
@@ -156,6 +157,20 @@ def measure_samplers(
         SamplerSpeed(name, batch, drafts, vocabulary, acceptance, threads, spent, bytes_read, bandwidth)
         for name, spent in times.items()
     ]
+
+
+@contextmanager
+def using_threads(threads: int) -> Iterator[None]:
+    """Let torch and the native core work with so many threads, and afterwards with as many as before."""
+    case = synthetic_case(1, 1, 8, 0.7)
+    rejection_sample(case.draft_ids, None, case.target)  # its first call decides on the threads of the native core
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        with native_threads(threads):
+            yield
+    finally:
+        torch.set_num_threads(before)
 
 
 def take_turns(calls: Mapping[str, Callable[[], Any]], seconds: float) -> dict[str, float]:

@@ -111,7 +111,8 @@ def filtered_row(
     _require((values < np.inf).all() if logits else is_probability(values).all(), Fault.TARGET)
     _require(values.max() > -np.inf if logits else fixed_point(values).any(), Fault.NO_MASS)
     if temperature == 0:
-        return (np.arange(len(values)) == values.argmax()).astype(np.float32)
+        greedy: Floats = (np.arange(len(values)) == values.argmax()).astype(np.float32)
+        return greedy
     weights = scores = values
     if logits or temperature != 1:
         with np.errstate(divide="ignore", over="ignore"):

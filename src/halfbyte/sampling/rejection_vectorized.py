@@ -73,12 +73,14 @@ def _sample(inputs: RejectionInputs) -> tuple[torch.Tensor, torch.Tensor, _State
     accepted = (inputs.uniforms[:, :drafts] * q < p) & (steps[:drafts] < lengths[:, None])
     last = accepted.cumprod(1).sum(1)
 
-    p_last, q_last = target[rows, last], None
+    # Whole rows by number: `target[rows, last]` copies number by number.
+    p_last, q_last = target.view(-1, vocabulary).index_select(0, rows * (drafts + 1) + last), None
     weights = p_last
     if drafts:
         rejected, place = last < lengths, last.clamp(max=drafts - 1)
         if inputs.draft_probs is not None:
-            q_last = inputs.draft_probs[rows, place].masked_fill_(~rejected[:, None], 0)
+            q_last = inputs.draft_probs.view(-1, vocabulary).index_select(0, rows * drafts + place)
+            q_last.masked_fill_(~rejected[:, None], 0)
             weights = (p_last - q_last).clamp_(min=0)
         else:
             token = drafted[rows, place][:, None]
@@ -92,7 +94,8 @@ def _sample(inputs: RejectionInputs) -> tuple[torch.Tensor, torch.Tensor, _State
 
 def _draw(weights: torch.Tensor, instead: torch.Tensor, uniforms: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """Tokens [B, 1] by inverse distribution, from `instead` where `weights` [B, V] have no mass; and the mass [B]."""
-    below = fixed_point(weights).cumsum(1)
+    below = fixed_point(weights)
+    torch.cumsum(below, 1, out=below)  # a new tensor of this size costs more than the sums: its pages are new, too
     empty = below[:, -1:] == 0
     if not weights.is_cpu or bool(empty.any()):
         below = torch.where(empty, fixed_point(instead).cumsum(1), below)
