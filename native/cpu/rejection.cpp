@@ -116,6 +116,7 @@ RejectionFault sample_row(const Tier& tier, const RejectionInput& in, int b, Wor
         }
         ids[position] = id;
     }
+    work.target.settle();
     const Source source{work.target, draft, rejected};
     in.counts[b] = position + 1;
     return draw(tier, in, work, source, in.uniforms[first + drafts], ids[position]);

@@ -24,6 +24,9 @@ struct RejectionMath {
     void (*score)(const float* z, std::size_t count, float highest, float temperature, float* scores);
     // weights = exp(scores), in place.
     void (*weigh)(float* scores, std::size_t count);
+    // Score, weigh and sum the masses of the blocks, a block at a time. Returns what `masses` would.
+    bool (*weigh_blocks)(const float* z, std::size_t count, float highest, float temperature, float* weights,
+                         std::int64_t* masses);
     // Those below `least` become 0.
     void (*keep_from)(float* weights, std::size_t count, float least);
     void (*scale)(float* weights, std::size_t count, float factor);

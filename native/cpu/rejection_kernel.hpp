@@ -134,6 +134,18 @@ struct RejectionKernel {
         for (std::size_t i = 0; i < count; ++i) scores[i] = exp_of(scores[i]);
     }
 
+    static bool weigh_blocks(const float* z, std::size_t count, float highest, float temperature, float* weights,
+                             std::int64_t* masses_of) {
+        bool good = true;
+        for (std::size_t at = 0; at < count; at += BLOCK) {
+            const std::size_t size = count - at < BLOCK ? count - at : BLOCK;
+            score(z + at, size, highest, temperature, weights + at);
+            weigh(weights + at, size);
+            good &= blocks<false>(weights + at, nullptr, size, 0, 1, masses_of + at / BLOCK);
+        }
+        return good;
+    }
+
     static void keep_from(float* weights, std::size_t count, float least) {
         for (std::size_t i = 0; i < count; ++i) weights[i] = weights[i] >= least ? weights[i] : 0.0f;
     }
@@ -161,7 +173,7 @@ struct RejectionKernel {
         return found;
     }
 
-    static constexpr RejectionMath math() { return {masses, group_maxima, score, weigh, keep_from, scale, gather}; }
+    static constexpr RejectionMath math() { return {masses, group_maxima, score, weigh, weigh_blocks, keep_from, scale, gather}; }
 };
 
 }  // namespace

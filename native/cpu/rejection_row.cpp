@@ -40,7 +40,7 @@ bool block_masses(const Tier& tier, const float* p, const float* q, std::size_t 
 }
 
 RejectionFault TargetRow::prepare(const Tier& tier, const float* row, std::size_t count, bool logits, const double* settings) {
-    tier_ = &tier, count_ = count, dense_ = row, checked_ = false;
+    tier_ = &tier, count_ = count, dense_ = row, checked_ = false, factor_ = 1.0f;
     const double temperature = settings ? settings[0] : 1.0, top_p = settings ? settings[2] : 1.0;
     const std::size_t top_k = settings && settings[1] < static_cast<double>(count) ? static_cast<std::size_t>(settings[1]) : count;
     const float min_p = settings ? static_cast<float>(settings[3]) : 0.0f;
@@ -59,7 +59,7 @@ RejectionFault TargetRow::prepare(const Tier& tier, const float* row, std::size_
     }
 
     const float* values = row;
-    const bool scored = logits || temperature != 1.0;
+    const bool scored = logits || temperature != 1.0, listed = top_k < count;
     if (scored) {
         work_.resize(count);
         if (!logits) {
@@ -68,27 +68,33 @@ RejectionFault TargetRow::prepare(const Tier& tier, const float* row, std::size_
             for (float& value : maxima_) value = std::log(std::max(value, 0.0f));  // empty groups hold -inf
         }
         const auto divisor = std::max(static_cast<float>(temperature), 1e-30f);
-        tier.rejection.score(logits ? row : work_.data(), count, highest_, divisor, work_.data());
+        const float* source = logits ? row : work_.data();
+        if (listed) {
+            tier.rejection.score(source, count, highest_, divisor, work_.data());
+        } else {
+            masses_.resize((count + RejectionMath::BLOCK - 1) / RejectionMath::BLOCK);
+            tier.rejection.weigh_blocks(source, count, highest_, divisor, work_.data(), masses_.data());
+        }
         tier.rejection.score(maxima_.data(), maxima_.size(), highest_, divisor, maxima_.data());
         highest_ = 1.0f;  // the weight of the most likely token: exp(0)
         values = work_.data();
     }
-    if (top_k < count) {
+    bool summed = !listed;  // `check_probabilities` or `weigh_blocks` left the masses of all tokens
+    if (listed) {
         gather_top_k(values, top_k);
         if (scored) tier.rejection.weigh(weights_.data(), weights_.size());
         filter_list(top_p, min_p * highest_);
     } else {
         if (!scored) work_.assign(row, row + count);
-        if (scored) tier.rejection.weigh(work_.data(), count);
-        filter_dense(top_p, min_p * highest_);
+        summed = !filter_dense(top_p, min_p * highest_);
     }
-    return normalise() ? RejectionFault::none : RejectionFault::no_mass;
+    return normalise(summed) ? RejectionFault::none : RejectionFault::no_mass;
 }
 
 float TargetRow::at(std::int64_t id) const {
-    if (dense_) return dense_[id];
+    if (dense_) return dense_[id] * factor_;
     const auto found = std::lower_bound(ids_.begin(), ids_.end(), static_cast<std::int32_t>(id));
-    return found != ids_.end() && *found == id ? weights_[found - ids_.begin()] : 0.0f;
+    return found != ids_.end() && *found == id ? weights_[found - ids_.begin()] * factor_ : 0.0f;
 }
 
 RejectionFault TargetRow::check_probabilities(const float* row) {
@@ -153,15 +159,16 @@ void TargetRow::filter_list(double top_p, float least) {
     tier_->rejection.keep_from(weights_.data(), weights_.size(), least);
 }
 
-void TargetRow::filter_dense(double top_p, float least) {
+// Whether it removed anything, maybe; `masses_` are those of all tokens when it is called.
+bool TargetRow::filter_dense(double top_p, float least) {
     dense_ = work_.data();
     if (top_p < 1.0) {
-        block_masses(*tier_, work_.data(), nullptr, count_, masses_);
         const auto total = static_cast<double>(sum(masses_));
         // Tokens below (1 - p) / n of the sum have less than 1 - p of it together, so those before them reach p.
         keep_nucleus(top_p * total, static_cast<float>(0.999 * (1.0 - top_p) * total / static_cast<double>(count_) * 0x1p-40));
     }
     if (least > 0.0f) tier_->rejection.keep_from(work_.data(), count_, least);
+    return top_p < 1.0 || least > 0.0f;
 }
 
 // Keep the fewest largest weights whose masses reach `limit`. Weights go into buckets; only the one where the limit is reached
@@ -189,19 +196,24 @@ void TargetRow::keep_nucleus(double limit, float cut) {
 }
 
 // weights · (2^40 / mass), in fp32; false where there is no mass.
-bool TargetRow::normalise() {
+bool TargetRow::normalise(bool summed) {
     std::int64_t total = 0;
     if (dense_) {
-        block_masses(*tier_, dense_, nullptr, count_, masses_);
+        if (!summed) block_masses(*tier_, dense_, nullptr, count_, masses_);
         total = sum(masses_);
     } else {
         for (float weight : weights_) total += fixed_point(weight);
     }
     if (total == 0) return false;
-    const auto factor = static_cast<float>(0x1p40 / static_cast<double>(total));
-    float* weights = dense_ ? work_.data() : weights_.data();
-    tier_->rejection.scale(weights, dense_ ? count_ : weights_.size(), factor);
+    factor_ = static_cast<float>(0x1p40 / static_cast<double>(total));
     return true;
+}
+
+void TargetRow::settle() {
+    if (factor_ == 1.0f) return;
+    float* weights = dense_ ? work_.data() : weights_.data();
+    tier_->rejection.scale(weights, dense_ ? count_ : weights_.size(), factor_);
+    factor_ = 1.0f;
 }
 
 }  // namespace halfbyte

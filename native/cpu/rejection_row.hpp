@@ -26,6 +26,8 @@ class TargetRow {
     RejectionFault prepare(const Tier& tier, const float* row, std::size_t count, bool logits, const double* settings);
 
     float at(std::int64_t id) const;
+    // Must be called before the weights are looked at: rows whose draft stands do without it.
+    void settle();
     bool checked() const { return checked_; }       // whether all values have been looked at
     const float* dense() const { return dense_; }   // null: the lists are the distribution
     const std::vector<std::int32_t>& ids() const { return ids_; }      // ascending
@@ -38,13 +40,13 @@ class TargetRow {
     void gather_top_k(const float* values, std::size_t k);
     float kth_largest(const float* values, std::size_t k);
     void filter_list(double top_p, float least);
-    void filter_dense(double top_p, float least);
+    bool filter_dense(double top_p, float least);
     void keep_nucleus(double limit, float cut);
-    bool normalise();
+    bool normalise(bool summed);
 
     const Tier* tier_ = nullptr;
     std::size_t count_ = 0;
-    float highest_ = 0.0f;
+    float highest_ = 0.0f, factor_ = 1.0f;  // factor: what the weights are still to be multiplied by
     bool checked_ = false;
     const float* dense_ = nullptr;
     std::vector<std::int32_t> ids_, order_;

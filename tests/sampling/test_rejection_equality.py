@@ -14,6 +14,7 @@ from rejection_cases import IMPLEMENTATIONS, random_case, seeded
 import halfbyte
 from halfbyte import _native
 from halfbyte.device.cpu import native_threads
+from halfbyte.sampling import rejection_native
 from halfbyte.sampling.filters import SamplingParameters, filtered_probabilities
 from halfbyte.sampling.rejection_reference import filtered_row
 
@@ -139,11 +140,10 @@ def test_a_row_is_filtered_as_the_plain_loop_does(
 @pytest.mark.parametrize("threads", [1, 3])
 @pytest.mark.parametrize("batch", [1, 2, 40])
 def test_tiers_and_threads_do_not_matter(tier: str, threads: int, batch: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("HALFBYTE_ISA", tier)
+    monkeypatch.setattr(rejection_native, "_core", lambda: (_native.rejection_sample, tier))
     vocabulary = 150_001 if batch < 3 else 8009
     ids, q, logits, uniforms = random_case(batch, 2, vocabulary, 21)
     target = torch.softmax(logits, dim=-1)
-    halfbyte.rejection_sample(ids[:1, :1], None, target[:1, :2])  # sets threads when it is the first
     for options in ({}, {"top_p": 0.9, "min_p": 1e-4}, {"top_k": 30, "top_p": 0.5}, {"top_k": 600}):
         expected = halfbyte.rejection_sample(
             ids,

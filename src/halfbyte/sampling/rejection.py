@@ -21,6 +21,7 @@ IMPLEMENTATIONS: dict[str, Callable[[RejectionInputs], tuple[torch.Tensor, torch
     "vectorized": reject_vectorized,
     "native": reject_natively,
 }
+FLOATS, LOGITS, IDS = (torch.float32,), (torch.float32, torch.float16, torch.bfloat16), (torch.int64,)
 # Columns of `Settings.values`: name, what keeps everything, what else is allowed, the check.
 _FILTERS: tuple[tuple[str, float, str, Callable[[float], bool]], ...] = (
     ("temperature", 1.0, "0 or more", lambda v: 0 <= v < math.inf),
@@ -135,29 +136,34 @@ def _check_shapes(
     vocabulary = target.shape[-1] if target.dim() else 0
     if not 1 <= vocabulary <= MAX_VOCABULARY:
         raise ConfigError(f"target_probs: expected a vocabulary of 1 to {MAX_VOCABULARY}, got {list(target.shape)}")
-    floats = (torch.float32, torch.float16, torch.bfloat16) if logits else (torch.float32,)
-    _check("target_probs", target, (batch, drafts + 1, vocabulary), floats, target.device)
-    _check("draft_ids", draft_ids, (batch, drafts), (torch.int64,), target.device)
+    device = None if target.is_cpu else target.device
+    _check("target_probs", target, (batch, drafts + 1, vocabulary), LOGITS if logits else FLOATS, device)
+    _check("draft_ids", draft_ids, (batch, drafts), IDS, device)
     if draft_probs is not None:
-        _check("draft_probs", draft_probs, (batch, drafts, vocabulary), (torch.float32,), target.device)
+        _check("draft_probs", draft_probs, (batch, drafts, vocabulary), FLOATS, device)
     if lengths is not None:
-        _check("lengths", lengths, (batch,), (torch.int64,), target.device)
+        _check("lengths", lengths, (batch,), IDS, device)
     if uniforms is not None:
-        _check("uniforms", uniforms, (batch, drafts + 1), (torch.float32,), target.device)
+        _check("uniforms", uniforms, (batch, drafts + 1), FLOATS, device)
     return batch, drafts, vocabulary
 
 
 def _check(
-    name: str, tensor: torch.Tensor, shape: tuple[int, ...], dtypes: tuple[torch.dtype, ...], device: torch.device
+    name: str,
+    tensor: torch.Tensor,
+    shape: tuple[int, ...],
+    dtypes: tuple[torch.dtype, ...],
+    device: torch.device | None,
 ) -> None:
+    """Compare with what is expected; no device is the CPU, which is quicker to ask for."""
     if tensor.shape != shape:
         raise ConfigError(f"{name}: expected {list(shape)}, got {list(tensor.shape)}")
     if tensor.dtype not in dtypes:
         hint = "; draw from and pass the same float32 tensor" if name == "draft_probs" else ""
         names = " or ".join(str(dtype).removeprefix("torch.") for dtype in dtypes)
         raise ConfigError(f"{name}: expected {names}, got {str(tensor.dtype).removeprefix('torch.')}{hint}")
-    if not (tensor.is_cpu and device.type == "cpu") and tensor.device != device:
-        raise ConfigError(f"{name}: expected it on {device}, where target_probs is, got {tensor.device}")
+    if not tensor.is_cpu if device is None else tensor.device != device:
+        raise ConfigError(f"{name}: expected it on {device or 'cpu'}, where target_probs is, got {tensor.device}")
 
 
 def _settings(given: tuple[Number | None, ...], batch: int, vocabulary: int, device: torch.device) -> Settings | None:

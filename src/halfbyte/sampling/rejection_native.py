@@ -17,7 +17,8 @@ def reject_natively(inputs: RejectionInputs) -> tuple[torch.Tensor, torch.Tensor
     ids = inputs.draft_ids.new_empty((batch, drafts + 1))
     counts = inputs.draft_ids.new_empty(batch)
     settings = None if inputs.settings is None else inputs.settings.values
-    faults = _core()(
+    sample, tier = _core()
+    faults = sample(
         inputs.draft_ids.data_ptr(),
         0 if inputs.draft_probs is None else inputs.draft_probs.data_ptr(),
         inputs.target.data_ptr(),
@@ -31,7 +32,7 @@ def reject_natively(inputs: RejectionInputs) -> tuple[torch.Tensor, torch.Tensor
         inputs.target.shape[2],
         ids.data_ptr(),
         counts.data_ptr(),
-        pick_tier(),
+        tier,
     )
     if faults:
         row = int((counts < 0).nonzero()[0])
@@ -40,9 +41,9 @@ def reject_natively(inputs: RejectionInputs) -> tuple[torch.Tensor, torch.Tensor
 
 
 @cache
-def _core() -> Callable[..., int]:
-    """The native function, once the core knows how many threads to use."""
+def _core() -> tuple[Callable[..., int], str]:
+    """The native function and the tier; at the first call the core is told how many threads to use."""
     from halfbyte import _native
 
     _native.set_threads(thread_count())
-    return _native.rejection_sample
+    return _native.rejection_sample, pick_tier()
