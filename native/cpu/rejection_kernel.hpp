@@ -44,31 +44,39 @@ struct RejectionKernel {
     static constexpr int WIDTH = S::WIDTH, BLOCK = RejectionMath::BLOCK, LANES = 32;
     static constexpr std::uint32_t MAGIC_BITS = 0x4B400000u, MOST_BITS = 0x3F802000u;
 
-    static inline U bits(F f) {
-        U u;
-        std::memcpy(&u, &f, sizeof u);
-        return u;
-    }
+    // Not returned: for its model a tier's vectors are wider than the registers the compiler may use.
+    static inline void take_bits(const F& f, U& bits) { std::memcpy(&bits, &f, sizeof bits); }
 
     struct Sums {
         U high{}, low{}, bad{};
+        std::uint32_t vectors = 0;
     };
+
+    static inline void note_range(const F& f, Sums& sums) {
+        U bits;
+        take_bits(f, bits);
+        sums.bad |= bits | (MOST_BITS - bits);
+    }
 
     template <bool RESIDUAL>
     static inline void add(const float* p, const float* q, Sums& sums) {
         const F magic = S::set1(0x1.8p23f), minus_magic = S::set1(-0x1.8p23f);
         F w = S::load(p);
-        sums.bad |= bits(w) | (MOST_BITS - bits(w));
+        note_range(w, sums);
         if constexpr (RESIDUAL) {
             const F other = S::load(q);
-            sums.bad |= bits(other) | (MOST_BITS - bits(other));
+            note_range(other, sums);
             w = S::max(S::fma(other, S::set1(-1.0f), w), S::set1(0.0f));
         }
         const F high = S::fma(w, S::set1(0x1p20f), magic);
         const F rest = S::fma(S::add(high, minus_magic), S::set1(-0x1p-20f), w);
         const F low = S::fma(rest, S::set1(0x1p40f), magic);
-        sums.high += bits(high) - MAGIC_BITS;
-        sums.low += bits(low) - MAGIC_BITS;
+        U high_bits, low_bits;
+        take_bits(high, high_bits);
+        take_bits(low, low_bits);
+        sums.high += high_bits;  // with the bits of 1.5 · 2^23, taken off at the end; unsigned numbers wrap
+        sums.low += low_bits;
+        ++sums.vectors;
     }
 
     template <bool RESIDUAL>
@@ -86,7 +94,7 @@ struct RejectionKernel {
                 if constexpr (RESIDUAL) std::memcpy(rest_q, q + at + i, (size - i) * sizeof(float));
                 add<RESIDUAL>(rest_p, rest_q, sums);
             }
-            std::uint32_t high = 0, low = 0;
+            std::uint32_t high = 0 - MAGIC_BITS * WIDTH * sums.vectors, low = high;
             for (int l = 0; l < WIDTH; ++l) high += sums.high[l], low += sums.low[l];
             masses[block] = static_cast<std::int64_t>(high) * (1 << 20) + static_cast<std::int32_t>(low);
             bad |= sums.bad;
