@@ -18,6 +18,7 @@
 #include "cpu/half_multiply.hpp"
 #include "cpu/isa.hpp"
 #include "cpu/measure.hpp"
+#include "cpu/rejection.hpp"
 #include "cpu/thread_pool.hpp"
 #include "cpu/w4_matrix.hpp"
 
@@ -145,6 +146,21 @@ void try_range(std::uintptr_t weights, std::uintptr_t grams, std::uintptr_t proj
                            rows, size, static_cast<float>(max_code)};
     const std::size_t work = static_cast<std::size_t>(groups) * size * size / 2 * rows;
     parallel(groups, work, [&](int begin, int end) { picked.try_range(trial, begin, end); });
+}
+
+// Addresses of tensors that sampling/rejection_native.py has just checked. Returns the number of rows that are faulty.
+int rejection_sample(std::uintptr_t draft_ids, std::uintptr_t draft, std::uintptr_t target, std::uintptr_t lengths,
+                     std::uintptr_t uniforms, std::uintptr_t settings, std::size_t settings_stride, bool logits, int batch,
+                     int drafts, std::size_t vocabulary, std::uintptr_t ids, std::uintptr_t counts, const std::string& tier) {
+    if (batch < 0 || drafts < 0 || vocabulary < 1 || vocabulary > (std::size_t{1} << 22) || !target || !uniforms)
+        throw nb::value_error("rejection_sample: bad arguments");
+    const auto floats = [](std::uintptr_t address) { return reinterpret_cast<const float*>(address); };
+    const Tier& picked = tier_named(tier);
+    nb::gil_scoped_release release;
+    return reject(picked, {reinterpret_cast<const std::int64_t*>(draft_ids), floats(draft), floats(target),
+                           reinterpret_cast<const std::int64_t*>(lengths), floats(uniforms),
+                           reinterpret_cast<const double*>(settings), settings_stride, logits, batch, drafts, vocabulary,
+                           reinterpret_cast<std::int64_t*>(ids), reinterpret_cast<std::int64_t*>(counts)});
 }
 
 // Addresses of tensors that runtime/fused_norm.py has just checked.
@@ -356,6 +372,9 @@ NB_MODULE(_native, m) {
           "rows"_a, "stride"_a, "columns"_a, "max_code"_a, "revisit"_a, "tier"_a);
     m.def("try_range", &try_range, "weights"_a, "grams"_a, "projections"_a, "scales"_a, "zeros"_a, "quadratic"_a, "linear"_a,
           "groups"_a, "rows"_a, "size"_a, "max_code"_a, "tier"_a);
+
+    m.def("rejection_sample", &rejection_sample, "draft_ids"_a, "draft"_a, "target"_a, "lengths"_a, "uniforms"_a, "settings"_a,
+          "settings_stride"_a, "logits"_a, "batch"_a, "drafts"_a, "vocabulary"_a, "ids"_a, "counts"_a, "tier"_a);
 
     bind_decoder(m);
 

@@ -48,9 +48,7 @@ bool has_neon() {
 }
 #endif
 
-}  // namespace
-
-std::vector<const Tier*> available_tiers() {
+std::vector<const Tier*> detect_tiers() {
     std::vector<const Tier*> tiers;
 #if defined(HALFBYTE_X86_TIERS)
     __builtin_cpu_init();
@@ -62,6 +60,13 @@ std::vector<const Tier*> available_tiers() {
     if (has_neon()) tiers.push_back(neon_tier());
 #endif
     tiers.push_back(portable_tier());
+    return tiers;
+}
+
+}  // namespace
+
+const std::vector<const Tier*>& available_tiers() {
+    static const std::vector<const Tier*> tiers = detect_tiers();
     return tiers;
 }
 

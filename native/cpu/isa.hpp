@@ -8,8 +8,8 @@
 
 namespace halfbyte {
 
-// Fastest first; `portable` is always last.
-std::vector<const Tier*> available_tiers();
+// Fastest first; `portable` is always last. Asked once: in a virtual machine CPUID takes microseconds.
+const std::vector<const Tier*>& available_tiers();
 
 // Every tier by name, whether or not this build and this CPU have it.
 std::vector<std::string> known_tiers();

@@ -6,13 +6,14 @@
 #include "half_kernel.hpp"
 #include "math_kernel.hpp"
 #include "range_kernel.hpp"
+#include "rejection_kernel.hpp"
 #include "rounding_kernel.hpp"
 #include "w4_kernel.hpp"
 
 namespace halfbyte {
 namespace {
 
-// The products for both widths of codes, the one with 16-bit weights, ranges, rounding, and the rooflines.
+// The products for both widths of codes, the one with 16-bit weights, ranges, rounding, rejection, and the rooflines.
 template <class S>
 struct TierOf {
     using F = typename S::F;
@@ -60,6 +61,7 @@ struct TierOf {
                 MathKernel<S>::math(),
                 RoundingKernel<S>::round_block,
                 RangeKernel<S>::try_range,
+                RejectionKernel<S>::math(),
                 read,
                 fma};
     }

@@ -28,6 +28,7 @@
 #include "a8.hpp"
 #include "decoder_math.hpp"
 #include "range.hpp"
+#include "rejection.hpp"
 #include "rounding.hpp"
 
 namespace halfbyte {
@@ -101,6 +102,7 @@ struct Tier {
     DecoderMath math;
     void (*round_block)(const RoundingBlock&);
     void (*try_range)(const RangeTrial&, int group_begin, int group_end);
+    RejectionMath rejection;
     // For the rooflines: read n bytes (a multiple of 256); run `steps` rounds of independent FMAs, returning their flops.
     float (*read)(const void* data, std::size_t n);
     double (*fma)(std::int64_t steps, float* sink);

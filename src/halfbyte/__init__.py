@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from halfbyte.quantization.config import QuantConfig
     from halfbyte.quantization.pipeline import quantize
     from halfbyte.quantization.report import QuantizationReport
+    from halfbyte.sampling.rejection import rejection_sample
     from halfbyte.tensor import QuantizedTensor
 
 __version__ = "0.1.0"
@@ -32,6 +33,7 @@ _HOMES = {
     "load": "halfbyte.generation.model",
     "perplexity": "halfbyte.evaluation.perplexity",
     "quantize": "halfbyte.generation.self_calibration",
+    "rejection_sample": "halfbyte.sampling.rejection",
 }
 
 __all__ = [
@@ -45,6 +47,7 @@ __all__ = [
     "load",
     "perplexity",
     "quantize",
+    "rejection_sample",
 ]
 
 

@@ -43,6 +43,22 @@ def try_range(
     max_code: int,
     tier: str,
 ) -> None: ...
+def rejection_sample(
+    draft_ids: int,
+    draft: int,
+    target: int,
+    lengths: int,
+    uniforms: int,
+    settings: int,
+    settings_stride: int,
+    logits: bool,
+    batch: int,
+    drafts: int,
+    vocabulary: int,
+    ids: int,
+    counts: int,
+    tier: str,
+) -> int: ...
 
 class W4Matrix:
     def __init__(

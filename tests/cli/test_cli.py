@@ -253,6 +253,25 @@ def test_bench_phases(quantized: tuple[Path, dict[str, object]]) -> None:
     assert "100.0%" in table
 
 
+def test_bench_measures_samplers_without_a_model() -> None:
+    cells = ["--batch", "1,3", "--drafts", 2, "--vocabulary", 500, "--threads", 1, "--seconds", 0]
+    document = json.loads(run("bench", "sampler", *cells, "--json").stdout)
+    assert [(r["batch"], r["implementation"]) for r in document["results"]] == [
+        (batch, name) for batch in (1, 3) for name in ("reference", "vectorized", "native")
+    ]
+    for result in document["results"]:
+        assert 2 * 500 * 4 * result["batch"] >= result["bytes_read"] >= 500 * 4 * result["batch"]
+        assert result["floor_share"] == pytest.approx(result["floor_seconds"] / result["seconds"])
+    assert "floor µs" in run("bench", "sampler", *cells).stdout
+
+
+def test_the_sampler_demo_finds_every_implementation_right_and_the_wrong_one_wrong() -> None:
+    document = json.loads(run("demo", "sampler", "--threads", 1, "--seconds", 0, "--json").stdout)
+    assert document["equal_sequences"]["native"] == {"equal": 96, "of": 96}
+    assert [fit["fits"] for fit in document["fits"]] == [True, True, True, False]
+    assert len(document["speeds"]) == 9
+
+
 def test_backends_says_what_is_picked_and_why() -> None:
     document = json.loads(run("backends", "--json", HALFBYTE_ISA="portable", HALFBYTE_THREADS="1").stdout)
     assert (document["tier"], document["threads"]) == ("portable", 1)
@@ -277,7 +296,7 @@ def test_models_list_names_the_sample() -> None:
     "verb",
     [
         *("quantize", "generate", "chat", "eval", "backends", "doctor", "models list", "models pull"),
-        *("bench decode", "bench prefill", "bench kernels", "bench phases"),
+        *("bench decode", "bench prefill", "bench kernels", "bench phases", "bench sampler", "demo sampler"),
     ],
 )
 def test_every_verb_has_help_with_an_example(verb: str) -> None:
@@ -313,6 +332,8 @@ def test_every_verb_has_help_with_an_example(verb: str) -> None:
         (["bench", "prefill", "nowhere", "--context", "0"], "--context 0: expected whole numbers from 1 on"),
         (["bench", "prefill", "--shape", "9b"], "shape: expected 1b, got '9b'"),
         (["bench", "kernels", "nowhere", "--threads", "0"], "--threads 0: expected whole numbers from 1 on"),
+        (["bench", "sampler", "--acceptance", "0.5"], "acceptance: expected one of 0.3, 0.7, 0.95, got 0.5"),
+        (["bench", "sampler", "--batch", "0"], "--batch 0: expected whole numbers from 1 on"),
         (["bench", "kernels", "nowhere", "--head-bits", "few"], "--head-bits few: expected auto"),
     ],
 )

@@ -6,10 +6,12 @@
 
 #include "decoder_check.hpp"
 #include "product_check.hpp"
+#include "rejection_check.hpp"
 
 int main() {
     const halfbyte::Tier& tier = *halfbyte::avx512_vnni_tier();
-    const int failures = product_check::check_tier(tier) + decoder_check::check_tier(tier);
+    const int failures = product_check::check_tier(tier) + decoder_check::check_tier(tier) +
+                         rejection_check::check_tier(tier);
     std::printf("%d failures\n", failures);
     return failures != 0;
 }

@@ -1,9 +1,10 @@
-// Every tier this CPU has, through product_check.hpp and decoder_check.hpp; built with sanitizers, and for other processors.
+// Every tier this CPU has, through product_check.hpp, decoder_check.hpp and rejection_check.hpp; built with sanitizers, and for other processors.
 #include <cstdio>
 
 #include "decoder_check.hpp"
 #include "isa.hpp"
 #include "product_check.hpp"
+#include "rejection_check.hpp"
 #include "thread_pool.hpp"
 
 int main() {
@@ -11,7 +12,8 @@ int main() {
     int failures = 0;
     for (const halfbyte::Tier* tier : halfbyte::available_tiers()) {
         std::printf("%s\n", tier->name);
-        failures += product_check::check_tier(*tier) + decoder_check::check_tier(*tier);
+        failures += product_check::check_tier(*tier) + decoder_check::check_tier(*tier) +
+                    rejection_check::check_tier(*tier);
     }
     std::printf("%d failures\n", failures);
     return failures != 0;

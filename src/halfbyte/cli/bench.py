@@ -19,10 +19,11 @@ from halfbyte.errors import ConfigError
 if TYPE_CHECKING:
     from halfbyte.evaluation.bench import DecodeSpeed, KernelSpeed, PrefillSpeed
     from halfbyte.evaluation.phases import PhaseSpeed
+    from halfbyte.evaluation.sampler import SamplerSpeed
     from halfbyte.generation.model import Model
 
 app = typer.Typer(
-    help="Measure the fused decoder.",
+    help="Measure the fused decoder and the samplers.",
     no_args_is_help=True,
     rich_markup_mode=None,
     add_completion=False,
@@ -39,7 +40,7 @@ RoundsOption = Annotated[int, typer.Option(help="Rounds to take the median of; o
 
 @app.callback()
 def _group() -> None:
-    """Measure the fused decoder against the machine: steps, prompts, one matrix at a time."""
+    """Measure the fused decoder and the samplers against the machine."""
 
 
 @app.command("decode")
@@ -65,7 +66,7 @@ def decode_command(
     Example: halfbyte bench decode smollm2-4bit --context 0,512 --batch 1,4 --threads 1,2
     """
     settings = _settings(compute, head_bits, cache)
-    cells = _cells(_numbers("--threads", threads, 1), _numbers("--context", context, 0), _numbers("--batch", batch, 1))
+    cells = _cells(numbers("--threads", threads, 1), numbers("--context", context, 0), numbers("--batch", batch, 1))
 
     def measure(loaded: Model) -> list[DecodeSpeed]:
         from halfbyte.evaluation.bench import measure_decode
@@ -97,7 +98,7 @@ def prefill_command(
     Example: halfbyte bench prefill smollm2-4bit --context 128,512
     """
     settings = _settings(compute, head_bits, cache)
-    cells = _cells(_numbers("--threads", threads, 1), _numbers("--context", context, 1), _numbers("--batch", batch, 1))
+    cells = _cells(numbers("--threads", threads, 1), numbers("--context", context, 1), numbers("--batch", batch, 1))
 
     def measure(loaded: Model) -> list[PrefillSpeed]:
         from halfbyte.evaluation.bench import measure_prefill
@@ -128,7 +129,7 @@ def kernels_command(
     Example: halfbyte bench kernels smollm2-4bit --threads 1
     """
     settings = _settings(compute, head_bits, cache)
-    counts, sizes = _numbers("--threads", threads, 1), _numbers("--rows", rows, 1)
+    counts, sizes = numbers("--threads", threads, 1), numbers("--rows", rows, 1)
 
     def measure(loaded: Model) -> list[KernelSpeed]:
         from halfbyte.evaluation.bench import measure_kernels
@@ -160,7 +161,7 @@ def phases_command(
     Example: halfbyte bench phases smollm2-4bit --threads 1
     """
     settings = _settings(compute, head_bits, cache)
-    cells = _cells(_numbers("--threads", threads, 1), _numbers("--context", context, 0), _numbers("--batch", batch, 1))
+    cells = _cells(numbers("--threads", threads, 1), numbers("--context", context, 0), numbers("--batch", batch, 1))
 
     def measure(loaded: Model) -> list[PhaseSpeed]:
         from halfbyte.evaluation.phases import measure_phases
@@ -169,6 +170,44 @@ def phases_command(
 
     columns = ("threads", "context", "batch", "part", "µs", "of the step", "MB", "floor µs")
     _report("phases", _measure(model, shape, settings, measure), columns, _phase_row, json)
+
+
+@app.command("sampler")
+@interruptible
+def sampler_command(
+    batch: BatchOption = "1,4,16,64",
+    drafts: Annotated[str, typer.Option(help="Drafted tokens of a sequence; several as 4,8.")] = "4",
+    vocabulary: Annotated[str, typer.Option(help="Sizes of the vocabulary.")] = "32000",
+    acceptance: Annotated[float, typer.Option(help="Share of drafts that stand: 0.3, 0.7 or 0.95.")] = 0.7,
+    threads: ThreadsOption = "auto",
+    seconds: Annotated[float, typer.Option(help="To measure each implementation for, in each cell.")] = 0.2,
+    json: JsonFlag = False,
+) -> None:
+    """Time the rejection samplers on synthetic distributions, and hold them against reading what they must.
+
+    benchmarks/rejection_sampler.py has more cells, and the plain PyTorch loop that all are compared with.
+
+    Example: halfbyte bench sampler --batch 1,16 --vocabulary 32000,128000
+    """
+    cells = _cells(
+        numbers("--threads", threads, 1), numbers("--vocabulary", vocabulary, 1), numbers("--batch", batch, 1),
+        numbers("--drafts", drafts, 1),
+    )  # fmt: skip
+    from halfbyte.device.cpu import cpu_info, pick_tier
+    from halfbyte.evaluation.sampler import measure_samplers, synthetic_case, using_threads
+
+    results = []
+    for count, size, sequences, length in cells:
+        case = synthetic_case(sequences, length, size, acceptance)
+        with using_threads(count):
+            results += measure_samplers(case, acceptance=case.acceptance, threads=count, seconds=seconds)
+    machine = cpu_info()
+    if json:
+        documents = [_document(result) for result in results]
+        print_json({"benchmark": "sampler", "machine": vars(machine), "tier": pick_tier(), "results": documents})
+        return
+    columns = ("implementation", "threads", "vocabulary", "batch", "K", "accepted", "µs", "µs/row", "floor µs", "share")
+    print_table(columns, map(_sampler_row, results), f"Rejection samplers; {machine.model}, {pick_tier()}")
 
 
 def _measure(
@@ -275,11 +314,23 @@ def _phase_row(result: PhaseSpeed) -> Sequence[str]:
     )
 
 
+def _sampler_row(result: SamplerSpeed) -> Sequence[str]:
+    return (
+        result.implementation,
+        *map(str, (result.threads, result.vocabulary, result.batch, result.drafts)),
+        f"{result.acceptance:.2f}",
+        f"{result.seconds * 1e6:,.1f}",
+        f"{result.seconds * 1e6 / result.batch:,.1f}",
+        f"{result.floor_seconds * 1e6:,.1f}",
+        f"{result.floor_share:.0%}",
+    )
+
+
 def _cells(*axes: Iterable[int]) -> list[tuple[int, ...]]:
     return list(itertools.product(*axes))
 
 
-def _numbers(option: str, text: str, least: int) -> list[int]:
+def numbers(option: str, text: str, least: int) -> list[int]:
     """Whole numbers from `least` on, separated by commas; for threads also "auto".
 
     Raises:

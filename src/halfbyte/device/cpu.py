@@ -8,6 +8,7 @@ import statistics
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 
 from halfbyte.errors import ConfigError, UnsupportedError
@@ -64,9 +65,14 @@ def pick_tier() -> str:
     Raises:
         UnsupportedError: `HALFBYTE_ISA` names no tier, or one this CPU lacks.
     """
+    return _tier(os.environ.get("HALFBYTE_ISA"))
+
+
+@cache
+def _tier(forced: str | None) -> str:
     from halfbyte import _native
 
-    available, forced = _native.available_tiers(), os.environ.get("HALFBYTE_ISA")
+    available = _native.available_tiers()
     if not forced:
         return available[0]
     if forced not in _native.known_tiers():

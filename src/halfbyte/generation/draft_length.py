@@ -97,8 +97,8 @@ class DraftLength:
             self._idle = 0 if any(lengths) else self._idle + 1
         if self._gives_up and self._idle >= PATIENCE:
             self.gave_up = (
-                f"of {round(self._tested.get(0, 0))} drafted tokens {self.acceptance(0):.0%} were accepted, and a draft "
-                f"step takes {self._draft_cost(len(kinds)):.2f} of a target step: plain decoding is faster"
+                f"{self.acceptance(0):.0%} of the drafted tokens are accepted, and a draft step takes "
+                f"{self._draft_cost(len(kinds)):.2f} of a target step: plain decoding is faster"
             )
         return lengths
 

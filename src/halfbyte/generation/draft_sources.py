@@ -85,7 +85,9 @@ def _fingerprint(folder: Path) -> str:
 def _without_layers(model: Model) -> NativeDecoder:
     engine = model.engine
     if not isinstance(engine, NativeDecoder):
-        raise UnsupportedError(f"draft skip: the fused decoder does not run {model.folder}: {model.not_fused}; try ngram")
+        raise UnsupportedError(
+            f"draft skip: the fused decoder does not run {model.folder}: {model.not_fused}; try ngram"
+        )
     layers = engine.record.layers
     kept = [n for n in range(layers) if n < EDGE_LAYERS or n >= layers - EDGE_LAYERS or n % 2 == 0]
     if len(kept) == layers:

@@ -1,7 +1,7 @@
-"""The speculative decoding loop: a drafter proposes, one pass of the model checks, rejection sampling keeps the distribution.
+"""The speculative loop: a drafter proposes, one pass of the model checks, rejection sampling keeps the distribution.
 
-Leviathan, Kalman, Matias 2023, and Chen et al. 2023. The rows that are checked have the bits they would have one by one (in
-the fused decoder), so greedy decoding gives the very tokens of plain decoding.
+Leviathan, Kalman, Matias 2023, and Chen et al. 2023. In the fused decoder the rows that are checked have the bits that
+they would have one by one, so greedy decoding gives the very tokens of plain decoding.
 """
 
 from __future__ import annotations

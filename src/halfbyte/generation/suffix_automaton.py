@@ -41,7 +41,7 @@ class SuffixAutomaton:
         if self._length[old] == self._length[state] + 1:
             self._link[new] = old
             return
-        # The shorter substrings of `old` now end in one more place than the longer ones: they become a state of their own.
+        # The shorter substrings of `old` now end in one more place than the longer ones: a state of their own.
         split = self._state(dict(self._next[old]), self._length[state] + 1, self._end[old])
         self._link[split] = self._link[old]
         self._link[old] = self._link[new] = split

@@ -1,1 +1,1 @@
-"""From logits to a token: repetition penalty, temperature, top-k, top-p, min-p, one draw."""
+"""From logits to a token: repetition penalty, filters, one draw; and the rejection of drafted tokens."""

@@ -151,7 +151,7 @@ def _kept(logits: torch.Tensor, parameters: SamplingParameters) -> tuple[Ids | N
         scores = (scores - highest) / np.float32(max(parameters.temperature, TINY))
     ids: Ids | None = None
     if parameters.top_k is not None and parameters.top_k < len(scores):
-        ids = _largest(scores, parameters.top_k)
+        ids = largest(scores, parameters.top_k)
         scores = scores[ids]
     weights: Floats = np.exp(scores)
     if parameters.top_p is not None and parameters.top_p < 1:
@@ -165,7 +165,7 @@ def _select(kept: Ids, ids: Ids | None, weights: Floats) -> tuple[Ids, Floats]:
     return kept if ids is None else ids[kept], weights[kept]
 
 
-def _largest(values: Floats, count: int) -> Ids:
+def largest(values: Floats, count: int) -> Ids:
     """Places of the `count` largest values, ascending; ties at the edge go to the lower places, as in a stable sort."""
     edge = np.partition(values, len(values) - count)[len(values) - count]
     kept = values >= edge
@@ -183,7 +183,7 @@ def _nucleus(weights: Floats, p: float) -> Ids:
     ordered = np.sort(weights[possible])[::-1].astype(np.float64)
     # A token is dropped when those before it already reach p, so the most likely one always stays.
     count = int(np.count_nonzero(ordered.cumsum() - ordered < p * total))
-    return possible[_largest(weights[possible], count)]
+    return possible[largest(weights[possible], count)]
 
 
 def _check_finite(value: float) -> None:
