@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from collections.abc import Iterator
 
 import pytest
 import torch
@@ -10,6 +11,12 @@ import torch
 from halfbyte.errors import ConfigError
 from halfbyte.evaluation.chi_square import chi_square
 from halfbyte.evaluation.sampler import NOISE, measure_samplers, synthetic_case, take_turns, using_threads
+
+
+@pytest.fixture(autouse=True)
+def one_thread() -> Iterator[None]:
+    with using_threads(1):
+        yield
 
 
 @pytest.mark.parametrize("outcomes", [2, 5, 12, 50, 300])
@@ -45,12 +52,11 @@ def test_an_acceptance_nobody_tuned_is_refused() -> None:
 
 
 def test_what_must_be_read_is_counted() -> None:
-    with using_threads(1):
-        case = synthetic_case(3, 2, 500, 0.95)
-        plain = measure_samplers(case, acceptance=0.95, threads=1, seconds=0, implementations=["native"])[0]
-        assert 3 * 500 * 4 <= plain.bytes_read <= 2 * 3 * 500 * 4
-        filtered = measure_samplers(case, acceptance=0.95, threads=1, seconds=0, implementations=["native"], top_p=0.9)
-        assert filtered[0].bytes_read > plain.bytes_read  # every position that is reached
+    case = synthetic_case(3, 2, 500, 0.95)
+    plain = measure_samplers(case, acceptance=0.95, threads=1, seconds=0, implementations=["native"])[0]
+    assert 3 * 500 * 4 <= plain.bytes_read <= 2 * 3 * 500 * 4
+    filtered = measure_samplers(case, acceptance=0.95, threads=1, seconds=0, implementations=["native"], top_p=0.9)
+    assert filtered[0].bytes_read > plain.bytes_read  # every position that is reached
 
 
 def test_peers_take_turns() -> None:
