@@ -1,1 +1,1 @@
-"""Measuring a model: perplexity and throughput."""
+"""Measuring a model, its perplexity and throughput, and the samplers."""

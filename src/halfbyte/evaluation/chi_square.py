@@ -6,10 +6,11 @@ import torch
 
 
 def chi_square(counts: torch.Tensor, expected: torch.Tensor) -> tuple[float, float]:
-    """Pearson's statistic of counts [V] against probabilities [V], and what it exceeds once in 10^7 honest runs.
+    """Pearson's statistic of counts [V] against probabilities [V], and a limit for it.
 
-    Outcomes expected fewer than 5 times are thrown together (Cochran 1954). The limit is the quantile of Wilson and
-    Hilferty (1931). An outcome of probability 0 that was seen all the same makes the statistic infinite.
+    An honest sampler exceeds the limit about once in 10^7 runs, or more rarely: it is the quantile of Wilson and
+    Hilferty (1931), which errs to the high side where outcomes are few. Outcomes expected fewer than 5 times are thrown
+    together (Cochran 1954). An outcome of probability 0 that was seen all the same makes the statistic infinite.
     """
     mass = expected.double() / expected.double().sum() * float(counts.sum())
     if int(counts[mass == 0].sum()):
