@@ -8,7 +8,15 @@ from typing import Annotated
 import typer
 
 from halfbyte.cli import options
-from halfbyte.cli.render import JsonFlag, decode_input, describe_generation, parse_head_bits, print_json
+from halfbyte.cli.render import (
+    JsonFlag,
+    decode_input,
+    describe_generation,
+    parse_draft_length,
+    parse_head_bits,
+    print_json,
+    summarize_speculation,
+)
 
 
 def command(
@@ -23,6 +31,8 @@ def command(
     repetition_penalty: options.RepetitionPenalty = 1.0,
     stop: options.Stop = None,
     seed: options.Seed = None,
+    draft: options.Draft = None,
+    draft_length: options.DraftLength = "auto",
     device: options.Device = "auto",
     backend: options.Backend = "auto",
     compute: options.Compute = "auto",
@@ -43,6 +53,7 @@ def command(
     # Refuse a bad value before loading anything.
     SamplingParameters(temperature, top_k, top_p, min_p, repetition_penalty)
     stops = parse_stop(stop)
+    length = parse_draft_length(draft_length)
     text = decode_input(sys.stdin.buffer.read()) if prompt == "-" else prompt
     bits = parse_head_bits(head_bits)
     loaded = load(model, device=device, backend=backend, compute=compute, head_bits=bits, cache=cache)
@@ -56,13 +67,17 @@ def command(
         repetition_penalty=repetition_penalty,
         stop=stops,
         seed=seed,
+        draft=draft,
+        draft_length=length,
         stream=True,
     )
     for piece in pieces:
         if not json:
             print(piece, end="", flush=True)
+    assert pieces.generation is not None
     if json:
-        assert pieces.generation is not None
         print_json({"model": model, **describe_generation(pieces.generation)})
-    else:
-        print()
+        return
+    print()
+    if pieces.generation.speculation is not None:
+        print(summarize_speculation(pieces.generation.speculation), file=sys.stderr)

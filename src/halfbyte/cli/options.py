@@ -19,6 +19,14 @@ RepetitionPenalty = Annotated[
 Stop = Annotated[list[str] | None, typer.Option(help="End before this string; may be given several times.")]
 Seed = Annotated[int | None, typer.Option(help="Makes sampling repeatable.")]
 Device = Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")]
+Draft = Annotated[
+    str | None,
+    typer.Option(
+        help="Propose tokens for the model to check several at a time: int4 (its own 4-bit copy, made once), ngram, "
+        "skip, or a smaller model with the same tokenizer. Changes the speed, not the distribution of the text."
+    ),
+]
+DraftLength = Annotated[str, typer.Option(help="Tokens to propose at a time, or auto for as many as pay.")]
 Backend = Annotated[str, typer.Option(help="auto, decoder, transformers, or a kernel of `halfbyte backends`.")]
 Compute = Annotated[str, typer.Option(help="Activations of the decoder: a8 (8 bits), a16, or auto.")]
 HeadBits = Annotated[str, typer.Option(help="Output head of the decoder: 16, 8, 6, 4, or auto.")]

@@ -6,6 +6,7 @@ import functools
 import json
 import sys
 from collections.abc import Callable, Iterable, Sequence
+from dataclasses import asdict
 from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
 import typer
@@ -14,6 +15,7 @@ from halfbyte.errors import ConfigError, HalfbyteError
 
 if TYPE_CHECKING:
     from halfbyte.generation.loop import Generation
+    from halfbyte.generation.speculation import Speculation
 
 JsonFlag = Annotated[bool, typer.Option("--json", help="Print one JSON document instead of a table.")]
 
@@ -80,12 +82,46 @@ def describe_generation(generation: Generation) -> dict[str, Any]:
         "seconds": generation.prefill_seconds + generation.decode_seconds,
         "prefill_seconds": generation.prefill_seconds,
         "tokens_per_second": generation.tokens_per_second,
+        **({} if generation.speculation is None else {"speculation": describe_speculation(generation.speculation)}),
     }
+
+
+def describe_speculation(speculation: Speculation) -> dict[str, Any]:
+    """Its counters, and what follows from them."""
+    derived = ("acceptance_rate", "acceptance_by_position", "tokens_per_pass")
+    return {**asdict(speculation), **{name: getattr(speculation, name) for name in derived}}
+
+
+def summarize_speculation(speculation: Speculation) -> str:
+    """What drafting did, in a line or two."""
+    lines = []
+    if speculation.drafted:
+        lines.append(
+            f"draft {speculation.draft}: {speculation.drafted} drafted, {speculation.accepted} accepted "
+            f"({speculation.acceptance_rate:.0%}), {speculation.tokens_per_pass:.2f} tokens a pass; seconds: "
+            f"{speculation.draft_seconds:.2f} draft, {speculation.verify_seconds:.2f} verify, "
+            f"{speculation.sampler_seconds:.2f} sampler"
+        )
+    else:
+        lines.append(f"draft {speculation.draft}: nothing was worth drafting")
+    if speculation.gave_up is not None:
+        lines.append(f"drafting stopped: {speculation.gave_up}")
+    return "\n".join(lines)
 
 
 def megabytes(nbytes: int) -> str:
     """Decimal megabytes."""
     return f"{nbytes / 1e6:,.1f} MB"
+
+
+def parse_draft_length(text: str) -> Any:
+    """`--draft-length`: a number or "auto"; the library refuses numbers out of range."""
+    if text == "auto":
+        return text
+    try:
+        return int(text)
+    except ValueError:
+        raise ConfigError(f"--draft-length {text}: expected auto or a number") from None
 
 
 def parse_head_bits(text: str) -> Any:

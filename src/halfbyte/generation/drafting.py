@@ -41,7 +41,7 @@ class Drafter(Protocol):
     costs: bool
 
     def begin(self, prompts: Sequence[Sequence[int]], room: int) -> None:
-        """Sequences that begin with these token ids; none gets longer than `room`."""
+        """Sequences that begin with these token ids, drafts included none gets longer than `room`."""
 
     def kinds(self, sequences: Sequence[int]) -> list[int]:
         """Of the draft that each would get now: -1 if none."""
@@ -79,6 +79,10 @@ class ModelDrafter:
         self._ids = [list(prompt) for prompt in prompts]
         self._cached = [0] * len(prompts)  # tokens the engine has of each sequence; all are right
         self._batch = self.engine.batch(len(prompts), room)
+        # Now rather than in the first draft, whose time tells what a draft costs. The last token can wait.
+        if any(len(ids) > 1 for ids in self._ids):
+            self._batch.step([ids[:-1] for ids in self._ids])
+            self._cached = [len(ids) - 1 for ids in self._ids]
 
     def kinds(self, sequences: Sequence[int]) -> list[int]:
         """See `Drafter`; all are of one kind."""
@@ -118,8 +122,10 @@ class ModelDrafter:
         fed = self._cached[sequence] - len(self._ids[sequence])  # drafted tokens that the engine has
         if fed > 0:
             drafted = self._drafted[sequence][:fed]
-            pairs = zip(drafted, token_ids, strict=False)
-            right = next((n for n, (old, new) in enumerate(pairs) if old != new), min(fed, len(token_ids)))
+            # The last token is new, even where a draw behind a refusal gives the refused one.
+            kept = token_ids[:-1]
+            pairs = zip(drafted, kept, strict=False)
+            right = next((n for n, (old, new) in enumerate(pairs) if old != new), min(fed, len(kept)))
             self._batch.rollback(sequence, fed - right)
             self._cached[sequence] -= fed - right
         self._ids[sequence] += token_ids

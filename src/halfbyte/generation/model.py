@@ -325,7 +325,6 @@ class Model:
         if draft not in self._drafters:
             self._drafters[draft] = make_drafter(self, draft)
         drafter = self._drafters[draft]
-        drafter.begin([one.pending for one in continuations], room + longest)
         length = DraftLength(
             longest,
             fixed=fixed,
@@ -333,7 +332,8 @@ class Model:
             draft_cost=draft_cost(self.engine, drafter),
             gives_up=drafter.costs,
         )
-        return SpeculativeLoop(self.engine.batch(len(continuations), room + longest), drafter, length)
+        room += longest
+        return SpeculativeLoop(self.engine.batch(len(continuations), room), drafter, length, room=room)
 
     def continuation(
         self,

@@ -67,11 +67,10 @@ class Speculation:
         """Emitted for each pass of the target and sequence that checked a draft; None where there was none."""
         return self.emitted / self.passes if self.passes else None
 
-    def count(self, drafted: int, accepted: int, emitted: int) -> None:
+    def count(self, drafted: int, accepted: int) -> None:
         """One draft was checked."""
         self.drafted += drafted
         self.accepted += accepted
-        self.emitted += emitted
         self.passes += 1
         longer = drafted - len(self.proposed_at)
         self.proposed_at += [0] * longer
@@ -92,16 +91,17 @@ class SpeculativeLoop:
         counters: what it did so far.
     """
 
-    def __init__(self, batch: Batch, drafter: Drafter, length: DraftLength):
+    def __init__(self, batch: Batch, drafter: Drafter, length: DraftLength, *, room: int):
         """Make ready.
 
         Args:
             batch: of the target.
-            drafter: begun with the prompts.
+            drafter: nobody else's while this runs.
             length: plans the drafts.
+            room: tokens a sequence may have at most, drafts included.
         """
         self.counters = Speculation(drafter.name)
-        self._batch, self._drafter, self._length = batch, drafter, length
+        self._batch, self._drafter, self._length, self._room = batch, drafter, length, room
 
     def continue_together(self, continuations: Sequence[Continuation]) -> list[Generation]:
         """Continue several sequences; each ends by itself."""
@@ -119,26 +119,31 @@ class SpeculativeLoop:
         """Continue all; (sequence, text that is certain now) as it comes, never empty."""
         for one in continuations:
             one.start()
-        # The prompts: nothing is drafted before their last token is known to be followed by something.
-        rows = self._batch.step([one.pending for one in continuations])
+        prompts = [one.pending for one in continuations]
+        rows = self._batch.step(prompts)
+        start = time.perf_counter()
+        self._drafter.begin(prompts, self._room)
+        self.counters.draft_seconds += time.perf_counter() - start
         for i, (one, logits) in enumerate(zip(continuations, rows, strict=True)):
             yield from self._emit(i, one, [one.sampler.choose(logits)])
         while live := [i for i, one in enumerate(continuations) if one.finish_reason is None]:
             drafts = self._draft(live, continuations)
             chosen = self._check(live, drafts, continuations)
             for i in live:
-                yield from self._emit(i, continuations[i], chosen[i])
+                taken = yield from self._emit(i, continuations[i], chosen[i])
+                self.counters.emitted += taken if i in drafts else 0
 
-    def _emit(self, sequence: int, one: Continuation, tokens: list[int]) -> Generator[tuple[int, str], None, None]:
-        """Push tokens until one ends the sequence."""
+    def _emit(self, sequence: int, one: Continuation, tokens: list[int]) -> Generator[tuple[int, str], None, int]:
+        """Push tokens until one ends the sequence; how many that were."""
         one.sampler.see(tokens)
         self._drafter.extend(sequence, tokens)
-        for token in tokens:
+        for taken, token in enumerate(tokens, 1):
             piece = one.push(token)
             if piece:
                 yield sequence, piece
             if one.finish_reason is not None:
-                return
+                return taken
+        return len(tokens)
 
     def _draft(self, live: list[int], continuations: Sequence[Continuation]) -> dict[int, Draft]:
         start = time.perf_counter()
@@ -179,7 +184,7 @@ class SpeculativeLoop:
             chosen[i] = _verify(draft, rows, continuations[i].sampler)
             accepted = len(chosen[i]) - 1
             self._length.learn(draft.kind, len(draft.token_ids), accepted)
-            self.counters.count(len(draft.token_ids), accepted, len(chosen[i]))
+            self.counters.count(len(draft.token_ids), accepted)
             self._batch.rollback(i, len(draft.token_ids) - accepted)
         self.counters.sampler_seconds += time.perf_counter() - start
         return chosen
