@@ -163,6 +163,20 @@ int rejection_sample(std::uintptr_t draft_ids, std::uintptr_t draft, std::uintpt
                            reinterpret_cast<std::int64_t*>(ids), reinterpret_cast<std::int64_t*>(counts)});
 }
 
+// Likewise. Returns the token, or minus the fault.
+std::int64_t draw_logits(std::uintptr_t logits, std::size_t vocabulary, std::uintptr_t settings, float uniform,
+                         std::uintptr_t probabilities, const std::string& tier) {
+    if (!logits || !probabilities || vocabulary < 1 || vocabulary > (std::size_t{1} << 22) || !(uniform >= 0.0f && uniform < 1.0f))
+        throw nb::value_error("draw_logits: bad arguments");
+    const Tier& picked = tier_named(tier);
+    nb::gil_scoped_release release;
+    std::int64_t id = -1;
+    const RejectionFault fault =
+        draw_row(picked, reinterpret_cast<const float*>(logits), vocabulary, reinterpret_cast<const double*>(settings),
+                 uniform, reinterpret_cast<float*>(probabilities), id);
+    return fault == RejectionFault::none ? id : -static_cast<std::int64_t>(fault);
+}
+
 // Addresses of tensors that runtime/fused_norm.py has just checked.
 void norm_rows(std::uintptr_t x, std::uintptr_t weight, std::uintptr_t y, std::size_t count, int channels, float epsilon,
                const std::string& tier) {
@@ -373,6 +387,7 @@ NB_MODULE(_native, m) {
     m.def("try_range", &try_range, "weights"_a, "grams"_a, "projections"_a, "scales"_a, "zeros"_a, "quadratic"_a, "linear"_a,
           "groups"_a, "rows"_a, "size"_a, "max_code"_a, "tier"_a);
 
+    m.def("draw_logits", &draw_logits, "logits"_a, "vocabulary"_a, "settings"_a, "uniform"_a, "probabilities"_a, "tier"_a);
     m.def("rejection_sample", &rejection_sample, "draft_ids"_a, "draft"_a, "target"_a, "lengths"_a, "uniforms"_a, "settings"_a,
           "settings_stride"_a, "logits"_a, "batch"_a, "drafts"_a, "vocabulary"_a, "ids"_a, "counts"_a, "tier"_a);
 

@@ -145,4 +145,22 @@ int reject(const Tier& tier, const RejectionInput& in) {
     return faults.load();
 }
 
+RejectionFault draw_row(const Tier& tier, const float* logits, std::size_t vocabulary, const double* settings, float uniform,
+                        float* probabilities, std::int64_t& id) {
+    static thread_local Workspace work;
+    TargetRow& row = work.target;
+    if (const RejectionFault fault = row.prepare(tier, logits, vocabulary, true, settings); fault != RejectionFault::none)
+        return fault;
+    row.settle();
+    if (row.dense()) {
+        std::copy_n(row.dense(), vocabulary, probabilities);
+    } else {
+        std::fill_n(probabilities, vocabulary, 0.0f);
+        for (std::size_t i = 0; i < row.ids().size(); ++i) probabilities[row.ids()[i]] = row.weights()[i];
+    }
+    RejectionInput input{};
+    input.vocabulary = vocabulary;
+    return draw(tier, input, work, {row, nullptr, -1}, uniform, id);
+}
+
 }  // namespace halfbyte

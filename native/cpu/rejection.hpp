@@ -59,4 +59,9 @@ struct Tier;
 // Returns the number of faulty rows. Of those, counts holds minus the fault and the first id its position.
 int reject(const Tier& tier, const RejectionInput& input);
 
+// Draws from one row of logits [vocabulary] after temperature and filters, the way `reject` draws a last token, and writes the
+// distribution, float [vocabulary], to `probabilities`: what a drafter has to hand on. settings: as above, for this row.
+RejectionFault draw_row(const Tier& tier, const float* logits, std::size_t vocabulary, const double* settings, float uniform,
+                        float* probabilities, std::int64_t& id);
+
 }  // namespace halfbyte

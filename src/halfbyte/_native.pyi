@@ -43,6 +43,7 @@ def try_range(
     max_code: int,
     tier: str,
 ) -> None: ...
+def draw_logits(logits: int, vocabulary: int, settings: int, uniform: float, probabilities: int, tier: str) -> int: ...
 def rejection_sample(
     draft_ids: int,
     draft: int,

@@ -223,9 +223,9 @@ def test_a_draft_drawn_from_other_probabilities_is_caught(
 ) -> None:
     """The draft's argmax, passed with its softmax (jaymody/speculative-sampling#3)."""
 
-    def argmax_with_softmax(logits: torch.Tensor, parameters: Any, _: Any) -> tuple[int, torch.Tensor]:
-        row = filtered_probabilities(logits, parameters)
-        return int(row.argmax()), row
+    def argmax_with_softmax(logits: torch.Tensor, parameters: Any, _: Any, probabilities: torch.Tensor) -> int:
+        probabilities[:] = filtered_probabilities(logits, parameters)
+        return int(probabilities.argmax())
 
     monkeypatch.setattr(drafting, "draw_with_probabilities", argmax_with_softmax)
     assert misfit(never_ending, drafts[QUANTIZED], exact) > 1

@@ -17,8 +17,9 @@ PRIOR_ACCEPTANCE, PRIOR_WEIGHT = 0.7, 4.0
 FORGETTING = 0.98
 # Of a kind whose drafts do not pay, one in so many is tried nevertheless: texts change.
 PROBE_EVERY = 16
-# A drafter that costs is given up after so many plans in a row without a draft.
-PATIENCE = 8
+# A drafter that costs is given up after so many plans in a row without a draft, but not before so many of its tokens
+# were tested; until then two are drafted at a time.
+PATIENCE, LEAST_TESTED = 8, 16
 # Times of passes of one size that are remembered.
 REMEMBERED = 9
 # Without a clock: what a row more costs a target step.
@@ -88,6 +89,8 @@ class DraftLength:
         if self._clocked and self._gives_up and len(self._passes.get(len(kinds), ())) < 2:
             return [0] * len(kinds)  # what a plain step takes must be known before anything can be compared with it
         lengths = self._best(kinds, most)
+        if self._gives_up and not any(lengths) and sum(self._tested.values()) < LEAST_TESTED:
+            lengths = [min(2, limit) for limit in most]
         for n, (kind, limit) in enumerate(zip(kinds, most, strict=True)):
             if limit and not lengths[n]:
                 self._skipped[kind] = self._skipped.get(kind, 0) + 1

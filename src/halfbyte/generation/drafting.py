@@ -10,7 +10,7 @@ import torch
 
 from halfbyte.generation.suffix_automaton import SuffixAutomaton
 from halfbyte.runtime.engine import Engine
-from halfbyte.sampling.filters import draw_with_probabilities
+from halfbyte.sampling.rejection import draw_with_probabilities
 from halfbyte.sampling.sampler import Sampler
 
 
@@ -20,12 +20,12 @@ class Draft:
 
     Attributes:
         token_ids: proposed, possibly none.
-        probabilities: float32 [vocab] for each, the very distribution it was drawn from; None if each was certain.
+        probabilities: float32 [tokens, vocab], the very distributions they were drawn from; None if each was certain.
         kind: drafts of one kind are accepted about equally often; the draft length is found for each by itself.
     """
 
     token_ids: list[int]
-    probabilities: list[torch.Tensor] | None = None
+    probabilities: torch.Tensor | None = None
     kind: int = 0
 
 
@@ -90,8 +90,10 @@ class ModelDrafter:
 
     def propose(self, lengths: dict[int, int], samplers: Sequence[Sampler]) -> dict[int, Draft]:
         """See `Drafter`."""
-        greedy = {i: samplers[i].parameters.temperature == 0 for i in lengths}
-        drafts = {i: Draft([], None if greedy[i] else []) for i in lengths}
+        drafts = {i: Draft([]) for i in lengths}
+        for i, length in lengths.items():
+            if samplers[i].parameters.temperature != 0:
+                drafts[i].probabilities = torch.empty(length, self._vocabulary)
         ahead = {i: samplers[i].ahead() for i in lengths}
         pending = {i: self._ids[i][self._cached[i] :] for i in lengths}
         while pending:
@@ -111,9 +113,9 @@ class ModelDrafter:
         if draft.probabilities is None:
             token = sampler.choose(logits)
         else:
-            token, row = draw_with_probabilities(sampler.penalised(logits), sampler.parameters, sampler.generator)
+            row = draft.probabilities[len(draft.token_ids)]
+            token = draw_with_probabilities(sampler.penalised(logits), sampler.parameters, sampler.generator, row)
             sampler.see([token])
-            draft.probabilities.append(torch.nn.functional.pad(row, (0, self._vocabulary - len(row))))
         draft.token_ids.append(token)
         return token
 

@@ -205,12 +205,11 @@ def _verify(draft: Draft, logits: torch.Tensor, sampler: Sampler) -> list[int]:
             rows.append(ahead.penalised(row))
             ahead.see([token])
         logits = torch.stack(rows)
-    probabilities = None if draft.probabilities is None else torch.stack(draft.probabilities).unsqueeze(0)
     greedy = parameters.temperature == 0
     count = len(token_ids) + 1
     ids, counts = rejection_sample(
         torch.tensor([token_ids]),
-        None if greedy else probabilities,
+        None if draft.probabilities is None else draft.probabilities.unsqueeze(0),
         logits.unsqueeze(0),
         uniforms=torch.zeros(1, count) if greedy else torch.rand((1, count), generator=sampler.generator),
         logits=True,

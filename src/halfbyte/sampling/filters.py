@@ -119,28 +119,6 @@ def choose_token(logits: torch.Tensor, parameters: SamplingParameters, generator
     return index if ids is None else int(ids[index])
 
 
-def draw_with_probabilities(
-    logits: torch.Tensor, parameters: SamplingParameters, generator: torch.Generator
-) -> tuple[int, torch.Tensor]:
-    """One token id, and the distribution that it was drawn from: a rejection sampler needs both.
-
-    Args:
-        logits: [vocab], on the CPU, after the repetition penalty.
-        parameters: with temperature > 0.
-        generator: gives one number.
-
-    Returns:
-        The token, and float32 [vocab] as `filtered_probabilities` gives it.
-
-    Raises:
-        CheckpointError: logits that are not finite.
-    """
-    probabilities = filtered_probabilities(logits, parameters)
-    below = probabilities.double().cumsum(0).numpy()
-    point = below[-1] * (1 - float(torch.rand((), generator=generator, dtype=torch.float64)))
-    return int(below.searchsorted(point)), probabilities
-
-
 def _kept(logits: torch.Tensor, parameters: SamplingParameters) -> tuple[Ids | None, Floats]:
     """Ids that no filter removed, ascending (None for all), and their weights: 1 for the most likely."""
     scores = logits.float().numpy()

@@ -9,8 +9,9 @@ from functools import lru_cache
 import torch
 
 from halfbyte.errors import ConfigError, UnsupportedError
+from halfbyte.sampling.filters import SamplingParameters
 from halfbyte.sampling.rejection_inputs import MAX_VOCABULARY, RejectionInputs, Settings
-from halfbyte.sampling.rejection_native import reject_natively
+from halfbyte.sampling.rejection_native import draw_natively, reject_natively
 from halfbyte.sampling.rejection_reference import reject_by_loop
 from halfbyte.sampling.rejection_vectorized import reject_vectorized
 
@@ -104,6 +105,28 @@ def rejection_sample(
             settings,
         )
     )
+
+
+def draw_with_probabilities(
+    logits: torch.Tensor, parameters: SamplingParameters, generator: torch.Generator, probabilities: torch.Tensor
+) -> int:
+    """Draw a draft's token and keep the distribution that it was drawn from, which `rejection_sample` has to be given.
+
+    Args:
+        logits: float32 [V], on the CPU, after the repetition penalty.
+        parameters: with temperature > 0.
+        generator: gives one number.
+        probabilities: float32 [at least V], contiguous; the distribution is written there, and zeros behind it.
+
+    Raises:
+        CheckpointError: logits that are no distribution.
+    """
+    given = (parameters.temperature, parameters.top_k, parameters.top_p, parameters.min_p)
+    settings = _scalar_settings(given, len(logits), logits.device)
+    if len(probabilities) > len(logits):
+        probabilities[len(logits) :] = 0
+    uniform = float(torch.rand((), generator=generator))
+    return draw_natively(logits, settings, uniform, probabilities)
 
 
 def _pick(implementation: str, target: torch.Tensor) -> Callable[[RejectionInputs], tuple[torch.Tensor, torch.Tensor]]:

@@ -8,7 +8,8 @@ from functools import cache
 import torch
 
 from halfbyte.device.cpu import pick_tier, thread_count
-from halfbyte.sampling.rejection_inputs import Fault, RejectionInputs
+from halfbyte.errors import CheckpointError
+from halfbyte.sampling.rejection_inputs import Fault, RejectionInputs, Settings
 
 
 def reject_natively(inputs: RejectionInputs) -> tuple[torch.Tensor, torch.Tensor]:
@@ -38,6 +39,28 @@ def reject_natively(inputs: RejectionInputs) -> tuple[torch.Tensor, torch.Tensor
         row = int((counts < 0).nonzero()[0])
         inputs.refuse(row, int(ids[row, 0]), Fault(-int(counts[row])))
     return ids, counts
+
+
+def draw_natively(logits: torch.Tensor, settings: Settings | None, uniform: float, probabilities: torch.Tensor) -> int:
+    """Draw a token from logits after temperature and filters, as the sampler draws a last one.
+
+    Args:
+        logits: float32 [V], contiguous, on the CPU.
+        settings: of one row; None: the softmax as it is.
+        uniform: in [0, 1).
+        probabilities: float32 [V], contiguous; the distribution is written there.
+
+    Raises:
+        CheckpointError: logits that are no distribution.
+    """
+    from halfbyte import _native
+
+    _, tier = _core()
+    address = 0 if settings is None else settings.values.data_ptr()
+    token = _native.draw_logits(logits.data_ptr(), len(logits), address, uniform, probabilities.data_ptr(), tier)
+    if token < 0:
+        raise CheckpointError("logits: NaN, inf or nothing but -inf; the weights are damaged or overflow")
+    return token
 
 
 @cache
