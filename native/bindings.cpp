@@ -202,13 +202,13 @@ std::shared_ptr<Linear> make_a8(Codes codes, Floats2 scales, Codes zeros, std::o
                                       static_cast<int>(rows), static_cast<int>(cols), static_cast<int>(groups), bits);
 }
 
-// The weight is an address: torch has dtypes that array interfaces lack. Its owner is the caller, runtime/decoder.py.
+// The weight is an address: torch has dtypes that array interfaces lack. In place its owner is the caller, runtime/decoder.py.
 std::shared_ptr<Linear> make_half(std::uintptr_t weight, int dtype, int rows, int cols, std::optional<Floats1> bias,
-                                  const std::string& tier) {
+                                  const std::string& tier, bool in_place) {
     require(weight != 0 && rows >= 1 && cols >= 1 && (dtype == 1 || dtype == 2), "half_linear: bad arguments");
     require(!bias || bias->shape(0) == static_cast<std::size_t>(rows), "bias: must be [rows]");
     return std::make_shared<HalfLinear>(tier_named(tier), reinterpret_cast<const void*>(weight), static_cast<DType>(dtype),
-                                        bias ? bias->data() : nullptr, rows, cols);
+                                        bias ? bias->data() : nullptr, rows, cols, in_place);
 }
 
 void every_product(const std::vector<std::shared_ptr<Linear>>& linears, Floats2 x, MutableFloats2 y) {
@@ -278,7 +278,8 @@ void bind_decoder(nb::module_& m) {
     m.def("a16_linear", [](std::shared_ptr<W4Matrix> matrix) -> std::shared_ptr<Linear> {
         return std::make_shared<A16Linear>(std::move(matrix));
     }, "matrix"_a);
-    m.def("half_linear", &make_half, "weight"_a, "dtype"_a, "rows"_a, "cols"_a, "bias"_a.none(), "tier"_a);
+    m.def("half_linear", &make_half, "weight"_a, "dtype"_a, "rows"_a, "cols"_a, "bias"_a.none(), "tier"_a,
+          "in_place"_a);
 
     m.def("multiply_each", &every_product, "linears"_a, "x"_a, "y"_a);
 

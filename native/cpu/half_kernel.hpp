@@ -69,7 +69,7 @@ struct HalfKernel {
     }
 
     // Rows of weights at a time: with their accumulators, a weight each and an activation they fit sixteen registers.
-    static constexpr int rows_at_once(int m) { return m <= 1 ? 8 : m == 2 ? 4 : 3; }
+    static constexpr int rows_at_once(int m) { return m <= 1 ? 8 : m == 2 ? 4 : m <= 4 ? 3 : 2; }
 
     template <int M, int R, bool BF16>
     static inline void rows(const void* weight, int cols, const float* x, std::size_t x_stride, const Output& out, int first,
@@ -91,7 +91,9 @@ struct HalfKernel {
             case 1: return rows<1, rows_at_once(1), BF16>(weight, cols, x, x_stride, out, begin, end);
             case 2: return rows<2, rows_at_once(2), BF16>(weight, cols, x, x_stride, out, begin, end);
             case 3: return rows<3, rows_at_once(3), BF16>(weight, cols, x, x_stride, out, begin, end);
-            default: return rows<4, rows_at_once(4), BF16>(weight, cols, x, x_stride, out, begin, end);
+            case 4: return rows<4, rows_at_once(4), BF16>(weight, cols, x, x_stride, out, begin, end);
+            case 5: return rows<5, rows_at_once(5), BF16>(weight, cols, x, x_stride, out, begin, end);
+            default: return rows<6, rows_at_once(6), BF16>(weight, cols, x, x_stride, out, begin, end);
         }
     }
 

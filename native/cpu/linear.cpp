@@ -116,8 +116,13 @@ void A16Linear::multiply(const void* prepared, int m, float* y, std::size_t y_st
     }
 }
 
-HalfLinear::HalfLinear(const Tier& tier, const void* weight, DType dtype, const float* bias, int rows, int cols)
+HalfLinear::HalfLinear(const Tier& tier, const void* weight, DType dtype, const float* bias, int rows, int cols, bool in_place)
     : Linear(rows, cols), tier_(tier), weight_(weight), dtype_(dtype) {
+    if (!in_place) {
+        memory_ = weight_memory(nbytes());
+        std::memcpy(memory_.get(), weight, nbytes());
+        weight_ = memory_.get();
+    }
     if (bias != nullptr) bias_.assign(bias, bias + rows);
 }
 

@@ -69,10 +69,10 @@ class A16Linear : public Linear {
     std::shared_ptr<const W4Matrix> matrix_;
 };
 
-// A 16-bit weight [rows][cols] read in place; the caller keeps it alive.
+// A 16-bit weight [rows][cols], copied to where weights are, or read in place; then the caller keeps it alive.
 class HalfLinear : public Linear {
    public:
-    HalfLinear(const Tier& tier, const void* weight, DType dtype, const float* bias, int rows, int cols);
+    HalfLinear(const Tier& tier, const void* weight, DType dtype, const float* bias, int rows, int cols, bool in_place);
     std::size_t nbytes() const override { return static_cast<std::size_t>(rows_) * cols_ * 2; }
     std::string form() const override { return "half"; }
     std::size_t prepared_bytes() const override { return (static_cast<std::size_t>(cols_) + 63) / 64 * 64 * sizeof(float); }
@@ -81,6 +81,7 @@ class HalfLinear : public Linear {
 
    private:
     const Tier& tier_;
+    std::shared_ptr<std::uint8_t> memory_;  // null where it is read in place
     const void* weight_;
     DType dtype_;
     std::vector<float> bias_;

@@ -43,7 +43,7 @@ constexpr int SMALL_M = 16;
 // Their activation rows are taken this many at a time, then what is left.
 constexpr int GEMV_TILE = 4;
 // Activation rows a product with a 16-bit weight takes at most.
-constexpr int HALF_ROWS = 4;
+constexpr int HALF_ROWS = 6;
 
 enum class DType : int { f32 = 0, bf16 = 1, f16 = 2 };
 

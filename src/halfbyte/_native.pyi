@@ -108,7 +108,13 @@ def a8_linear(
 ) -> Linear: ...
 def a16_linear(matrix: W4Matrix) -> Linear: ...
 def half_linear(
-    weight: int, dtype: int, rows: int, cols: int, bias: npt.NDArray[np.float32] | None, tier: str
+    weight: int,
+    dtype: int,
+    rows: int,
+    cols: int,
+    bias: npt.NDArray[np.float32] | None,
+    tier: str,
+    in_place: bool,
 ) -> Linear: ...
 def multiply_each(linears: list[Linear], x: npt.NDArray[np.float32], y: npt.NDArray[np.float32]) -> None: ...
 

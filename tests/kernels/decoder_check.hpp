@@ -158,7 +158,7 @@ inline int check_decoder(const Tier& tier) {
     const auto linear = [&](int rows, int cols) {
         weights.emplace_back(static_cast<std::size_t>(rows) * cols);
         for (auto& w : weights.back()) w = to_bf16(0.3f * uniform());
-        return std::make_shared<HalfLinear>(tier, weights.back().data(), DType::bf16, nullptr, rows, cols);
+        return std::make_shared<HalfLinear>(tier, weights.back().data(), DType::bf16, nullptr, rows, cols, true);
     };
     weights.reserve(20);
     std::vector<DecoderLayer> layers(2);

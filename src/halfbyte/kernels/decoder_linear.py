@@ -61,12 +61,20 @@ def why_not_a8(weight: QuantizedTensor) -> str | None:
     return None
 
 
-def half_linear(weight: torch.Tensor, bias: torch.Tensor | None, tier: str) -> Any:
-    """A native `Linear` over a bf16 or fp16 weight [out, in], contiguous, which the caller must keep alive."""
+def half_linear(weight: torch.Tensor, bias: torch.Tensor | None, tier: str, *, in_place: bool = False) -> Any:
+    """A native `Linear` over a bf16 or fp16 weight [out, in].
+
+    Args:
+        weight: contiguous, on the CPU.
+        bias: [out], or None.
+        tier: instruction-set tier.
+        in_place: read the weight where it is, and the caller keeps it alive; else it is copied to the huge pages that
+            weights are read from faster.
+    """
     from halfbyte import _native
 
     if weight.dtype not in _HALVES or not weight.is_contiguous() or not weight.is_cpu:
         raise UnsupportedError(f"decoder: expected a contiguous bf16 or fp16 weight on the CPU, got {weight.dtype}")
     wide = None if bias is None else bias.detach().float().contiguous().numpy()
     rows, columns = weight.shape
-    return _native.half_linear(weight.data_ptr(), _HALVES[weight.dtype], rows, columns, wide, tier)
+    return _native.half_linear(weight.data_ptr(), _HALVES[weight.dtype], rows, columns, wide, tier, in_place)

@@ -166,7 +166,6 @@ class _Loader:
         stored = self._packed(module)
         if stored is None:
             weight = self._half(f"{module}.weight")
-            self._keep.append(weight)
             bias = self._read(f"{module}.bias") if f"{module}.bias" in self._tensors else None
             linear = half_linear(weight, bias, self._tier)
         else:

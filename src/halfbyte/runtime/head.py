@@ -37,7 +37,7 @@ def head_linear(weight: torch.Tensor, norm: Sequence[float], bits: int, tier: st
         UnsupportedError: groups do not divide its width.
     """
     if bits == 16:
-        return half_linear(weight, None, tier)
+        return half_linear(weight, None, tier, in_place=True)
     if weight.shape[1] % HEAD_GROUP:
         raise UnsupportedError(f"head_bits: groups of {HEAD_GROUP} do not divide a head of {weight.shape[1]} columns")
     return quantized_linear(quantize_head(weight, norm, bits), "a8", tier)
