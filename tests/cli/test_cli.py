@@ -242,6 +242,21 @@ def test_bench_prints_a_table(quantized: tuple[Path, dict[str, object]], verb: s
         assert word in table.stdout
 
 
+def test_drafting_says_what_it_did(quantized: tuple[Path, dict[str, object]]) -> None:
+    common = ["The crow", "--max-new-tokens", 12]
+    plain = run("generate", quantized[0], *common)
+    drafted = run("generate", quantized[0], *common, "--draft", "ngram", "--draft-length", 3)
+    assert drafted.stdout == plain.stdout
+    assert drafted.stderr.startswith("draft ngram: ")
+    document = json.loads(run("generate", quantized[0], *common, "--draft", "ngram", "--json").stdout)
+    assert {"drafted", "accepted", "emitted", "acceptance_rate", "tokens_per_pass"} <= set(document["speculation"])
+    demo = ["demo", "speculative", "--model", quantized[0], "--draft", "ngram", "--prompt", "The crow sat and sat and"]
+    found = run(*demo, "--max-new-tokens", 16)
+    assert "the same text without the draft: yes" in found.stdout
+    assert "tokens/s" in found.stdout
+    assert json.loads(run(*demo, "--max-new-tokens", 16, "--json").stdout)["same_tokens"] is True
+
+
 def test_bench_phases(quantized: tuple[Path, dict[str, object]]) -> None:
     common = ["bench", "phases", quantized[0], "--threads", 2, "--context", "2,5", "--steps", 2]
     document = json.loads(run(*common, "--json").stdout)
@@ -297,6 +312,7 @@ def test_models_list_names_the_sample() -> None:
     [
         *("quantize", "generate", "chat", "eval", "backends", "doctor", "models list", "models pull"),
         *("bench decode", "bench prefill", "bench kernels", "bench phases", "bench sampler", "demo sampler"),
+        "demo speculative",
     ],
 )
 def test_every_verb_has_help_with_an_example(verb: str) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -89,6 +90,17 @@ def test_a_stream_and_its_stop_string_end_like_plain_ones(model: halfbyte.Model,
     assert "".join(stream) == plain.text
     assert stream.generation is not None
     assert (stream.generation.token_ids, stream.generation.finish_reason) == (plain.token_ids, "stop")
+
+
+def test_streams_of_one_model_do_not_meet(model: halfbyte.Model, drafts: dict[str, str]) -> None:
+    prompts = ["The crow", "counted the acorns"]
+    expected = [model.generate(prompt, max_new_tokens=30) for prompt in prompts]
+    for draft in drafts.values():
+        streams = [model.generate(p, max_new_tokens=30, draft=draft, draft_length=3, stream=True) for p in prompts]
+        texts = ["", ""]
+        for pieces in itertools.zip_longest(*streams, fillvalue=""):
+            texts = [text + piece for text, piece in zip(texts, pieces, strict=True)]
+        assert texts == expected
 
 
 def test_an_end_of_sequence_token_inside_a_draft_ends_it(

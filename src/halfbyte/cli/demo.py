@@ -8,7 +8,16 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from halfbyte.cli.render import JsonFlag, interruptible, print_json, print_table
+from halfbyte.cli.options import DraftLength, Temperature
+from halfbyte.cli.render import (
+    JsonFlag,
+    describe_speculation,
+    interruptible,
+    parse_draft_length,
+    print_json,
+    print_table,
+    summarize_speculation,
+)
 from halfbyte.errors import HalfbyteError
 
 if TYPE_CHECKING:
@@ -16,11 +25,18 @@ if TYPE_CHECKING:
     from halfbyte.evaluation.sampler_demo import Fit
 
 app = typer.Typer(
-    help="Show a part at work, without a model.",
+    help="Show a part at work.",
     no_args_is_help=True,
     rich_markup_mode=None,
     add_completion=False,
 )
+
+SAMPLE, PROMPT = "sample:smollm2-135m", "The history of bread begins long before the first town. In the"
+
+SPECULATION = """\
+A cheap draft proposes a few tokens, the target checks all of them in one pass, which takes hardly longer than a step
+for one token, because a step is spent on reading the weights. Rejection sampling keeps those that may stay, so text is
+distributed as without a draft; at temperature 0 it is the same text. Both are run three times, in turn."""
 
 INTRODUCTION = """\
 Speculative decoding lets a cheap draft guess K tokens, and the target check all of them in one step. The rejection
@@ -39,7 +55,7 @@ q, {bytes} bytes at 32,000 tokens, once, at the first rejection. `floor` is the 
 
 @app.callback()
 def _group() -> None:
-    """Show a part at work, without a model."""
+    """Show a part at work."""
 
 
 @app.command("sampler")
@@ -84,6 +100,66 @@ def sampler_command(
     wrong += [name for name, (n, of) in equal.items() if n != of]
     if wrong or fits[-1].fits:
         raise HalfbyteError(f"demo sampler: not what was expected of {', '.join(wrong) or 'the chi-square test'}")
+
+
+@app.command("speculative")
+@interruptible
+def speculative_command(
+    model: Annotated[str, typer.Option(help="The target: a folder, sample:NAME, or a hub name.")] = SAMPLE,
+    draft: Annotated[
+        str, typer.Option(help="int4 (made once: minutes), ngram, skip, or a smaller model with the same tokenizer.")
+    ] = "int4",
+    prompt: Annotated[str, typer.Option(help="Text to continue.")] = PROMPT,
+    max_new_tokens: Annotated[int, typer.Option(help="Tokens to generate.")] = 128,
+    draft_length: DraftLength = "auto",
+    temperature: Temperature = 0.0,
+    json: JsonFlag = False,
+) -> None:
+    """Continue a text with a draft and without, and show what the draft did to the time and not to the text.
+
+    Example: halfbyte demo speculative --draft smollm2-4bit --temperature 1
+    """
+    from halfbyte.evaluation.speculation import measure_speculation
+    from halfbyte.generation.model import load
+
+    length = parse_draft_length(draft_length)
+    target = load(model)
+    if not json:
+        print(SPECULATION)
+    target.generate(prompt, max_new_tokens=2, draft=draft, draft_length=length)  # whatever is made is made now
+    found = list(
+        measure_speculation(
+            target,
+            [prompt],
+            draft,
+            draft_length=length,
+            max_new_tokens=max_new_tokens,
+            temperature=temperature,
+            rounds=3,
+        )
+    )
+    if not found:
+        raise HalfbyteError("demo speculative: the text ended at once; give another prompt")
+    one = found[0]
+    if json:
+        print_json(
+            {
+                "demo": "speculative",
+                **asdict(one),
+                **{name: getattr(one, name) for name in ("speed_up", "predicted", "sampler_share")},
+                "counters": describe_speculation(one.counters),
+            }
+        )
+        return
+    print(f"\n{prompt}|{one.text}\n")
+    print(f"the same text without the draft: {'yes' if one.same_tokens else 'no: it was sampled'}")
+    print(summarize_speculation(one.counters))
+    places = ", ".join(f"{share:.0%}" for share in one.counters.acceptance_by_position)
+    print(f"accepted at place 1, 2, …: {places or 'nothing'}")
+    print(
+        f"{1 / one.plain_seconds_per_token:.1f} → {1 / one.seconds_per_token:.1f} tokens/s: {one.speed_up:.2f} ×"
+        + ("" if one.predicted is None else f"; acceptance and costs predict {one.predicted:.2f} ×")
+    )
 
 
 def _fit_row(fit: Fit) -> Sequence[str]:

@@ -31,6 +31,7 @@ class SpeculationSpeed:
         same_tokens: whether both texts are the same.
         loops: whether the text with the draft ends in a loop: its last 64 tokens hold 16 in a row three times.
         counters: what the draft did.
+        text: with the draft.
     """
 
     prompt_tokens: int
@@ -41,6 +42,7 @@ class SpeculationSpeed:
     same_tokens: bool
     loops: bool
     counters: Speculation
+    text: str
 
     @property
     def speed_up(self) -> float:
@@ -110,6 +112,7 @@ def measure_speculation(
             same_tokens=plain.token_ids == drafted.token_ids,
             loops=ends_in_a_loop(drafted.token_ids),
             counters=drafted.speculation,
+            text=drafted.text,
         )
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -71,6 +72,7 @@ def int4_copy(folder: Path) -> Path:
 
     copy = cache_folder() / "drafts" / f"{folder.name}-{_fingerprint(folder)}"
     if not (copy / "config.json").is_file():
+        print(f"halfbyte: making the 4-bit copy of {folder.name}, once; it is kept in {copy}", file=sys.stderr)
         copy.parent.mkdir(parents=True, exist_ok=True)
         quantize(folder, copy, QuantConfig())
     return copy

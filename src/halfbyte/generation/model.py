@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterable, Mapping, Sequence
 from functools import cached_property, partial
 from pathlib import Path
@@ -324,7 +325,7 @@ class Model:
             raise ConfigError(f"draft_length: expected auto or 1 to {LONGEST_DRAFT}, got {draft_length!r}")
         if draft not in self._drafters:
             self._drafters[draft] = make_drafter(self, draft)
-        drafter = self._drafters[draft]
+        drafter = copy.copy(self._drafters[draft])  # a stream may be going on with another
         length = DraftLength(
             longest,
             fixed=fixed,
@@ -332,7 +333,6 @@ class Model:
             draft_cost=draft_cost(self.engine, drafter),
             gives_up=drafter.costs,
         )
-        room += longest
         return SpeculativeLoop(self.engine.batch(len(continuations), room), drafter, length, room=room)
 
     def continuation(

@@ -98,7 +98,7 @@ class SpeculativeLoop:
             batch: of the target.
             drafter: nobody else's while this runs.
             length: plans the drafts.
-            room: tokens a sequence may have at most, drafts included.
+            room: tokens a sequence may have at most; drafts are planned to stay within.
         """
         self.counters = Speculation(drafter.name)
         self._batch, self._drafter, self._length, self._room = batch, drafter, length, room

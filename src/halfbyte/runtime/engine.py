@@ -1,4 +1,4 @@
-"""What runs a model: the fused decoder, or transformers with our linears in it. `logits` and `step`, nothing else."""
+"""What runs a model: the fused decoder, or transformers with our linears in it. Logits and steps, nothing else."""
 
 from __future__ import annotations
 
