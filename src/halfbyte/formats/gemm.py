@@ -25,9 +25,9 @@ import torch
 
 from halfbyte.errors import CheckpointError, ConfigError, UnsupportedError
 from halfbyte.formats.bits import pack_nibbles, unpack_nibbles
+from halfbyte.formats.runs import AWQ_ORDER as ORDER
 from halfbyte.tensor import QuantizedTensor
 
-ORDER = (0, 2, 4, 6, 1, 3, 5, 7)
 BITS = 4
 # All a linear may have; it is quantized if it has the first.
 KEYS = ("qweight", "qzeros", "scales", "bias")
