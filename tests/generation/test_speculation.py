@@ -253,7 +253,7 @@ def test_the_copy_is_made_once_and_kept(
     assert found.token_ids == model.generate("The", **settings).token_ids
     assert found.speculation is not None
     assert found.speculation.drafted > 0
-    (copy,) = (tmp_path / "drafts").iterdir()
+    (copy,) = (tmp_path / "quantized").iterdir()
     before = (copy / "config.json").stat().st_mtime_ns
     make_drafter(halfbyte.load(folders[0]), "int4")
     assert (copy / "config.json").stat().st_mtime_ns == before

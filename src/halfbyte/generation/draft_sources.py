@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import hashlib
-import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from halfbyte.checkpoints.cache import cache_folder
-from halfbyte.checkpoints.sources import resolve_model
 from halfbyte.errors import ConfigError, UnsupportedError
 from halfbyte.generation.drafting import Drafter, ModelDrafter, NgramDrafter
+from halfbyte.quantization.config import QuantConfig
+from halfbyte.quantization.on_the_fly import model_folder, quantized_copy
 from halfbyte.runtime.decoder import NativeDecoder
 from halfbyte.runtime.engine import Engine
 
@@ -30,7 +28,7 @@ def make_drafter(model: Model, draft: str | Path) -> Drafter:
         model: the target.
         draft: "ngram" (what followed the same tokens before), "int4" (the model's own 4-bit copy, made once and kept
             in the cache), "skip" (the model itself without every second layer), or another model with the same
-            tokenizer: a folder, "sample:NAME" or a hub name.
+            tokenizer: a folder, "sample:NAME", a hub name, or one of these with @METHOD.
 
     Raises:
         UnsupportedError: a draft that the model cannot have.
@@ -46,9 +44,9 @@ def make_drafter(model: Model, draft: str | Path) -> Drafter:
             raise UnsupportedError(
                 f"draft int4: {model.folder} is quantized already, so a 4-bit copy would be no faster; try ngram"
             )
-        folder = int4_copy(model.folder)
+        folder = quantized_copy(model.folder, QuantConfig())
     else:
-        folder = resolve_model(draft)
+        folder = model_folder(draft)
     from halfbyte.generation.model import load
 
     # A draft needs to be cheap rather than exact: a head of 4 bits halves what it reads most of.
@@ -63,28 +61,6 @@ def draft_cost(target: Engine, drafter: Drafter) -> float:
     if not isinstance(drafter, ModelDrafter):
         return 0.0
     return _step_bytes(drafter.engine) / _step_bytes(target)
-
-
-def int4_copy(folder: Path) -> Path:
-    """The folder of a model's 4-bit copy, which is quantized if it is not there yet."""
-    from halfbyte.quantization.config import QuantConfig
-    from halfbyte.quantization.pipeline import quantize
-
-    copy = cache_folder() / "drafts" / f"{folder.name}-{_fingerprint(folder)}"
-    if not (copy / "config.json").is_file():
-        print(f"halfbyte: making the 4-bit copy of {folder.name}, once; it is kept in {copy}", file=sys.stderr)
-        copy.parent.mkdir(parents=True, exist_ok=True)
-        quantize(folder, copy, QuantConfig())
-    return copy
-
-
-def _fingerprint(folder: Path) -> str:
-    """Of what the copy is made from: config, names, sizes and times of the weights' files."""
-    digest = hashlib.sha256((folder / "config.json").read_bytes())
-    for path in sorted(folder.glob("*.safetensors")):
-        facts = path.stat()
-        digest.update(f"{path.name} {facts.st_size} {facts.st_mtime_ns}".encode())
-    return digest.hexdigest()[:12]
 
 
 def _without_layers(model: Model) -> NativeDecoder:

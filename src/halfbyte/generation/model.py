@@ -11,7 +11,6 @@ from typing import Any, Literal, TypedDict, Unpack, overload
 import torch
 
 from halfbyte.architectures.tokenizer import load_tokenizer
-from halfbyte.checkpoints.sources import resolve_model
 from halfbyte.errors import ConfigError, UnsupportedError
 from halfbyte.generation.draft_length import DraftLength
 from halfbyte.generation.draft_sources import draft_cost, make_drafter
@@ -19,6 +18,7 @@ from halfbyte.generation.drafting import Drafter
 from halfbyte.generation.loop import Continuation, Generation, TextStream, continue_together, stream_text
 from halfbyte.generation.speculation import LONGEST_DRAFT, SpeculativeLoop
 from halfbyte.generation.text import parse_stop
+from halfbyte.quantization.on_the_fly import model_folder
 from halfbyte.runtime.engine import TransformersEngine
 from halfbyte.runtime.fusion import ModulesToFuse
 from halfbyte.runtime.loading import LoadedModel, load_model
@@ -62,7 +62,8 @@ def load(
     """Open a model: a halfbyte or AutoAWQ GEMM checkpoint, or an unquantized Hugging Face folder.
 
     Args:
-        path: a folder, "sample:NAME" or a hub name.
+        path: a folder, "sample:NAME", a hub name, or one of these with @METHOD, such as "sample:smollm2-135m@awq":
+            quantized when it is first asked for, and kept in the cache (`halfbyte.quantization.on_the_fly`).
         device: "auto", "cpu", "cuda" or "cuda:N".
         backend: "decoder" (all layers in one native call, on the CPU), "transformers", or which kernel runs the
             quantized linears inside transformers (`halfbyte backends` lists them); "auto" for the decoder where it
@@ -86,7 +87,7 @@ def load(
         HalfbyteError: nothing there, a broken checkpoint, or a backend this machine lacks or that cannot run the model.
     """
     loaded = load_model(
-        resolve_model(path),
+        model_folder(path),
         device=device,
         backend=backend,
         compute=compute,
