@@ -61,6 +61,22 @@ def writes_explained(target: Path, needed: int | None = None) -> Iterator[None]:
         raise OutputError(f"output {target}: cannot be written ({error.strerror or error})") from error
 
 
+@contextmanager
+def replacing(target: Path) -> Iterator[Path]:
+    """A path beside `target` to write to, which takes its place once the body is through; until then it is untouched.
+
+    Raises:
+        OutputError: the folder is missing, the disk is full, or the file cannot be written.
+    """
+    partial = target.with_name(f".{target.name}.{os.getpid()}.partial")
+    with writes_explained(target):
+        try:
+            yield partial
+            partial.replace(target)
+        finally:
+            partial.unlink(missing_ok=True)
+
+
 def fsync(path: Path) -> None:
     """Have a file or folder survive a power cut from here on."""
     descriptor = os.open(path, os.O_RDONLY)
