@@ -9,7 +9,7 @@ import sys
 
 import typer
 
-from halfbyte.cli import backends, bench, chat, demo, doctor, evaluate, generate, inspect, models, quantize
+from halfbyte.cli import backends, bench, chat, demo, doctor, evaluate, generate, inspect, models, profile, quantize
 from halfbyte.cli.render import fail, interruptible
 from halfbyte.errors import HalfbyteError
 
@@ -28,6 +28,7 @@ app.command("chat")(interruptible(chat.command))
 app.command("eval")(interruptible(evaluate.command))
 app.add_typer(bench.app, name="bench")
 app.add_typer(demo.app, name="demo")
+app.command("profile")(interruptible(profile.command))
 app.add_typer(models.app, name="models")
 app.add_typer(inspect.app, name="inspect")
 app.command("backends")(interruptible(backends.command))

@@ -1,0 +1,46 @@
+"""The files of a profile."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from halfbyte.errors import OutputError
+from halfbyte.evaluation import profile as module
+from halfbyte.evaluation.profile import profile
+from halfbyte.evaluation.profile_result import Profile
+from halfbyte.report import profile as files
+
+
+@pytest.fixture(scope="module")
+def tiny() -> Profile:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(module, "last_level_cache", lambda device: 1 << 14)
+        return profile(model_dim=32, batch_sizes=[2], threads=1, rounds=3)
+
+
+def test_the_table_and_the_pictures_go_into_the_folder(tiny: Profile, tmp_path: Path) -> None:
+    folder = tmp_path / "new" / "profile"
+    assert files.write_table(tiny, folder) == folder / "performance_results.csv"
+    written = files.write_pictures(tiny, folder)
+    assert [path.name for path in written] == ["throughput_scaling.png", "latency_comparison.png", "roofline.png"]
+    assert sorted(path.name for path in folder.iterdir()) == sorted([files.CSV, *files.PICTURES])
+
+
+def test_a_folder_that_cannot_be_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "taken").write_text("")
+    with pytest.raises(OutputError, match="taken is a file; name a folder"):
+        files.check_folder(tmp_path / "taken" / "below")
+    files.check_folder(tmp_path / "not" / "there" / "yet")
+    assert [path.name for path in tmp_path.iterdir()] == ["taken"]
+    with pytest.raises(OutputError, match="cannot be written"):
+        files.write_table(Profile(None, 1, None, "cpu", "", None, None, 1, 1, []), tmp_path / "taken")
+
+
+def test_the_baseline_is_the_fastest_in_16_bit(tiny: Profile) -> None:
+    slow = [replace(row, seconds=1.0 if row.implementation == "torch-bf16" else 0.5) for row in tiny.rows]
+    assert files.fastest_half(replace(tiny, rows=slow)) == "bf16"
+    fast = [replace(row, seconds=0.1 if row.implementation == "torch-bf16" else 0.01 * row.bits) for row in tiny.rows]
+    assert files.fastest_half(replace(tiny, rows=fast)) == "torch-bf16"
