@@ -9,7 +9,20 @@ import sys
 
 import typer
 
-from halfbyte.cli import backends, bench, chat, demo, doctor, evaluate, generate, inspect, models, profile, quantize
+from halfbyte.cli import (
+    backends,
+    bench,
+    chat,
+    demo,
+    doctor,
+    evaluate,
+    explain,
+    generate,
+    inspect,
+    models,
+    profile,
+    quantize,
+)
 from halfbyte.cli.render import fail, interruptible
 from halfbyte.errors import HalfbyteError
 
@@ -31,6 +44,7 @@ app.add_typer(demo.app, name="demo")
 app.command("profile")(interruptible(profile.command))
 app.add_typer(models.app, name="models")
 app.add_typer(inspect.app, name="inspect")
+app.command("explain")(interruptible(explain.command))
 app.command("backends")(interruptible(backends.command))
 app.command("doctor")(interruptible(doctor.command))
 

@@ -1,0 +1,124 @@
+"""A linear of a real model with what it sees: a little calibration, one decoder block in memory at a time."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from halfbyte.architectures.skeleton import build_skeleton, fill, find_decoder_blocks, release, weight_of
+from halfbyte.architectures.stored import ModelTensors
+from halfbyte.architectures.tokenizer import load_tokenizer
+from halfbyte.checkpoints.reader import Checkpoint
+from halfbyte.checkpoints.sources import resolve_model
+from halfbyte.errors import UnsupportedError
+from halfbyte.explain.lessons import SAMPLE, Options
+from halfbyte.explain.matrix import pick_layer
+from halfbyte.progress import progress_bar
+from halfbyte.quantization.calibration import build_calibration_set
+from halfbyte.quantization.capture import Batch, capture_block_inputs, quantizable_linears
+from halfbyte.quantization.config import QuantConfig
+from halfbyte.quantization.discovery import Trial, discover_folds
+from halfbyte.quantization.statistics import InputStatistics, StatisticsCollector, block_output
+from halfbyte.quantization.tracing import BlockTrace, Product
+
+SEQUENCES, TOKENS = 4, 256
+CPU = torch.device("cpu")
+
+
+@dataclass
+class CalibratedLayer:
+    """One linear, its input, and the fold that can scale it.
+
+    Attributes:
+        name: full name on disk.
+        weight: float32 [out, in].
+        rows: float32 [tokens, in], every input that the statistics saw.
+        statistics: of that input.
+        shared: names inside the block of all matrices with the same input, this one among them.
+        weights: float32 [out, in] of each of those the fold scales.
+        trial: the fold that scales this linear's input, and how far it moves the block's output; None if there is none.
+        config: of a quantization by `awq`, group size resolved.
+    """
+
+    name: str
+    weight: torch.Tensor
+    rows: torch.Tensor
+    statistics: InputStatistics
+    shared: tuple[str, ...]
+    weights: list[torch.Tensor]
+    trial: Trial | None
+    config: QuantConfig
+
+
+@torch.no_grad()
+def calibrate_layer(options: Options) -> CalibratedLayer:
+    """Run a few thousand tokens through the model up to the layer's block, and look at what reaches the layer.
+
+    Raises:
+        HalfbyteError: the model cannot be read, is quantized already, or has no such layer.
+    """
+    source = options.source or SAMPLE
+    checkpoint = Checkpoint.open(resolve_model(source, progress=options.progress))
+    if "quantization_config" in checkpoint.config:
+        raise UnsupportedError(f"{source}: is quantized already; give the model it was made from")
+    skeleton = build_skeleton(str(checkpoint.folder), torch.float32)
+    blocks_name, blocks = find_decoder_blocks(skeleton)
+    tensors = ModelTensors(skeleton, checkpoint, checkpoint.names())
+    tensors.annotate(blocks, blocks_name)
+    stored_name = tensors.prefix(blocks_name)
+    linears = quantizable_linears(blocks, stored_name)
+    name = pick_layer(list(linears), options)
+    number, _, local = name.removeprefix(f"{stored_name}.").partition(".")
+    config = QuantConfig().resolved([(name, linears[name].in_features)])
+    calibration = build_calibration_set(
+        load_tokenizer(checkpoint.folder), "builtin", max_calib_samples=SEQUENCES, max_calib_seq_len=TOKENS, seed=0
+    )
+    with progress_bar("Running the model", int(number) + 2, enabled=options.progress, unit="blocks") as ticker:
+        batches = list(capture_block_inputs(skeleton, blocks_name, calibration.blocks, tensors, CPU))
+        ticker.advance()
+        for index in range(int(number)):
+            fill(blocks[index], f"{blocks_name}.{index}", tensors, torch.float32)
+            for batch in batches:
+                batch.hidden = block_output(blocks[index](batch.hidden, **batch.kwargs[index]))
+            release(blocks[index])
+            ticker.advance()
+        fill(blocks[int(number)], f"{blocks_name}.{number}", tensors, torch.float32)
+        found = _look(blocks[int(number)], int(number), batches, name, local, config)
+        ticker.advance()
+    return found
+
+
+def _look(
+    block: nn.Module, index: int, batches: list[Batch], name: str, local: str, config: QuantConfig
+) -> CalibratedLayer:
+    discovery = discover_folds(block, batches[0].hidden, batches[0].kwargs[index])
+    shared = next((names for names in discovery.shared_inputs if local in names), None)
+    if shared is None:
+        raise UnsupportedError(f"--layer {name}: no token of the experiment reached it; take another")
+    rows: list[torch.Tensor] = []
+
+    def note(product: Product) -> None:
+        if local in product.matrices:
+            rows.append(product.x.reshape(-1, product.x.shape[-1]).float())
+
+    collector = StatisticsCollector(block, discovery.shared_inputs)
+    for batch in batches:
+        collector.observe(batch.hidden, batch.kwargs[index], None)
+        with BlockTrace(block, on_product=note):
+            block(batch.hidden, **batch.kwargs[index])
+    collector.finish()
+    trial = next((t for t in discovery.trials if t.fold is not None and local in t.consumers), None)
+    scaled = trial.consumers if trial is not None else (local,)
+    weights = [weight_of(block, consumer).clone() for consumer in scaled if consumer in shared]
+    return CalibratedLayer(
+        name,
+        weight_of(block, local).clone(),
+        torch.cat(rows),
+        collector.statistics[shared[0]],
+        shared,
+        weights,
+        trial,
+        config,
+    )
