@@ -10,6 +10,8 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from halfbyte.errors import HalfbyteError
+    from halfbyte.evaluation.compare import compare
+    from halfbyte.evaluation.comparison import Comparison
     from halfbyte.evaluation.perplexity import perplexity
     from halfbyte.generation.chat import Chat
     from halfbyte.generation.loop import Generation
@@ -24,12 +26,14 @@ __version__ = "0.1.0"
 
 _HOMES = {
     "Chat": "halfbyte.generation.chat",
+    "Comparison": "halfbyte.evaluation.comparison",
     "Generation": "halfbyte.generation.loop",
     "HalfbyteError": "halfbyte.errors",
     "Model": "halfbyte.generation.model",
     "QuantConfig": "halfbyte.quantization.config",
     "QuantizationReport": "halfbyte.quantization.report",
     "QuantizedTensor": "halfbyte.tensor",
+    "compare": "halfbyte.evaluation.compare",
     "load": "halfbyte.generation.model",
     "perplexity": "halfbyte.evaluation.perplexity",
     "quantize": "halfbyte.generation.self_calibration",
@@ -38,12 +42,14 @@ _HOMES = {
 
 __all__ = [
     "Chat",
+    "Comparison",
     "Generation",
     "HalfbyteError",
     "Model",
     "QuantConfig",
     "QuantizationReport",
     "QuantizedTensor",
+    "compare",
     "load",
     "perplexity",
     "quantize",
