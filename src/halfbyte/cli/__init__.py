@@ -13,6 +13,7 @@ from halfbyte.cli import (
     backends,
     bench,
     chat,
+    compare,
     demo,
     doctor,
     evaluate,
