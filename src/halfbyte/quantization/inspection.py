@@ -76,7 +76,7 @@ def inspect_folds(model: str | Path, *, every_block: bool = False, progress: boo
     (batch,) = capture_block_inputs(skeleton, blocks_name, list(tokens), tensors, torch.device("cpu"))
     alike: dict[Hashable, list[int]] = {}
     for index, block in enumerate(blocks):
-        alike.setdefault(index if every_block else _structure(block), []).append(index)
+        alike.setdefault(index if every_block else block_structure(block), []).append(index)
     found = []
     for indices in alike.values():
         index = indices[0]
@@ -90,7 +90,7 @@ def inspect_folds(model: str | Path, *, every_block: bool = False, progress: boo
     return found
 
 
-def _structure(block: nn.Module) -> Hashable:
+def block_structure(block: nn.Module) -> Hashable:
     """Equal for blocks of one class with the same parameters."""
     return type(block), tuple((name, parameter.shape) for name, parameter in block.named_parameters())
 
