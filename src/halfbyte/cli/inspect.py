@@ -8,18 +8,24 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from halfbyte.cli import inspect_memory, inspect_pair
 from halfbyte.cli.render import JsonFlag, interruptible, print_json
 
 if TYPE_CHECKING:
     from halfbyte.quantization.discovery import Trial
     from halfbyte.quantization.inspection import BlockFolds
 
-app = typer.Typer(help="Look into a model.", no_args_is_help=True, rich_markup_mode=None, add_completion=False)
+app = typer.Typer(
+    help="Look into a model: what quantization did to it.",
+    no_args_is_help=True,
+    rich_markup_mode=None,
+    add_completion=False,
+)
 
 
 @app.callback()
 def _group() -> None:
-    """Look into a model."""
+    """Look into a model: what quantization did to its weights, and where its bytes are."""
 
 
 def folds(
@@ -80,4 +86,7 @@ def shorten(names: Sequence[str]) -> str:
     return ", ".join(shown)
 
 
+for command in (inspect_pair.layers, inspect_pair.rounding, inspect_pair.channels, inspect_pair.weights):
+    app.command(command.__name__)(interruptible(command))
 app.command("folds")(interruptible(folds))
+app.command("memory")(interruptible(inspect_memory.memory))
