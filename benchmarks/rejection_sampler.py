@@ -26,6 +26,18 @@ from sampler_baseline import rejection_sample_loop
 
 from halfbyte.device.cpu import cpu_info, thread_count
 from halfbyte.evaluation.sampler import SamplerSpeed, measure_samplers, synthetic_case, using_threads
+from halfbyte.report.style import (
+    COLOURS,
+    GREY,
+    LINES,
+    MARKERS,
+    add_legend,
+    batch_ticks,
+    dress,
+    new_figure,
+    plain_logarithm,
+    save_figure,
+)
 
 ACCEPTANCES, BATCHES, DRAFTS, VOCABULARIES = (0.3, 0.7, 0.95), (1, 4, 16, 64, 256), (2, 4, 8, 16), (32_000, 128_000)
 FILTERS: dict[str, dict[str, Any]] = {
@@ -129,26 +141,25 @@ def summarise(results: Sequence[dict[str, Any]]) -> dict[str, Any]:
 
 
 def draw_plot(results: Sequence[dict[str, Any]], path: Path) -> None:
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
     vocabularies = sorted({r["vocabulary"] for r in results})
-    figure, axes = pyplot.subplots(1, len(vocabularies), figsize=(6 * len(vocabularies), 4.5), squeeze=False)
-    for axis, vocabulary in zip(axes[0], vocabularies, strict=True):
-        for name in ("reference", "vectorized", "native"):
+    figure = new_figure(6 * len(vocabularies), 4.5)
+    panels = figure.subplots(1, len(vocabularies), squeeze=False, sharey=True)[0]
+    for axes, vocabulary in zip(panels, vocabularies, strict=True):
+        for index, name in enumerate(("reference", "vectorized", "native")):
             cells = [r for r in results if (r["vocabulary"], r["implementation"]) == (vocabulary, name)]
             batches = sorted({r["batch"] for r in cells})
             of_batch = [[r["speed_up"] for r in cells if r["batch"] == batch] for batch in batches]
-            axis.plot(batches, [fmean(ratios) for ratios in of_batch], marker="o", label=name)
-            axis.fill_between(batches, [min(r) for r in of_batch], [max(r) for r in of_batch], alpha=0.15)
-        axis.set(xscale="log", yscale="log", xlabel="batch", ylabel="times the baseline", title=f"V = {vocabulary:,}")
-        axis.set_xticks(batches, map(str, batches))
-        axis.axhline(1, color="grey", linewidth=0.8)
-        axis.legend()
-    figure.tight_layout()
-    figure.savefig(path, dpi=130)
+            means = [fmean(ratios) for ratios in of_batch]
+            axes.plot(batches, means, color=COLOURS[index], marker=MARKERS[index], linestyle=LINES[index], label=name)
+            axes.fill_between(
+                batches, [min(r) for r in of_batch], [max(r) for r in of_batch], color=COLOURS[index], alpha=0.15
+            )
+        axes.axhline(1, color=GREY, linewidth=0.9)
+        dress(axes, title=f"V = {vocabulary:,}", x="batch", y="times the baseline (mean, range)", grid="both")
+        batch_ticks(axes, batches)
+        plain_logarithm(axes)
+        add_legend(axes)
+    save_figure(figure, path)
 
 
 def parse() -> argparse.Namespace:

@@ -58,6 +58,34 @@ def test_the_copies_of_each_exceed_twice_the_cache_and_no_more_than_that(tiny: P
             assert (row.copies - 1) * row.weight_bytes < 2 << 16 <= row.copies * row.weight_bytes
 
 
+def test_a_time_is_the_median_of_passes_over_all_copies_without_the_first(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "last_level_cache", lambda device: 1 << 14)
+    passes: list[float] = []
+
+    def clock(call: Any, device: torch.device) -> float:
+        call()
+        passes.append(1000.0 if len(passes) % 24 < 4 else float(len(passes) % 24 // 4))
+        return passes[-1]
+
+    monkeypatch.setattr(module, "timed", clock)
+    found = profile(model_dim=32, batch_sizes=[1], threads=1, rounds=5)
+    # Four implementations in turn: 1000 seconds each to warm up, then 1, 2, 3, 4 and 5.
+    assert len(passes) == 3 * 24
+    for row in found.rows:
+        if row.layer != BLOCK:
+            assert row.copies > 1
+            assert row.rounds == 5
+            times = (row.seconds_q25, row.seconds, row.seconds_q75)
+            assert times == pytest.approx((2 / row.copies, 3 / row.copies, 4 / row.copies))
+
+
+def test_a_slow_cell_has_fewer_rounds_but_three(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "last_level_cache", lambda device: 1 << 14)
+    now = iter(range(0, 10**6, 100))
+    monkeypatch.setattr(module.time, "perf_counter", lambda: float(next(now)))
+    assert {row.rounds for row in profile(model_dim=32, batch_sizes=[1], threads=1, rounds=9).rows} == {3}
+
+
 def test_a_block_adds_up_its_linears(tiny: Profile) -> None:
     cell = [row for row in tiny.rows if row.batch_size == 3 and row.implementation == "int4-a8"]
     *linears, block = cell

@@ -102,7 +102,7 @@ def test_weights_are_counted_on_common_bins_as_shares() -> None:
 def test_errors_have_their_bias_and_what_lies_beyond_half_a_step() -> None:
     (axes,) = plots.plot_error_histogram([-0.5, 0.1, 0.3, 0.9]).axes
     assert legend(axes)[0] == "mean +0.2 steps"
-    assert legend(axes)[2] == "root mean square 0.539 steps, beyond ±0.5: 25 %"
+    assert legend(axes)[1:] == ["±0.5: rounding to nearest", "root mean square 0.539 steps", "beyond: 25 %"]
     assert [line.get_xdata()[0] for line in axes.lines[1:3]] == [-0.5, 0.5]
     assert axes.get_xlabel() == "error, steps"
     (counted,) = plots.plot_error_histogram([3, 1], edges=[-1.0, 0.0, 1.0], unit="millivolts").axes

@@ -173,9 +173,8 @@ def plot_roofline(
     axes.xaxis.set_major_formatter(lambda value, _: short(value))
     axes.annotate(f"{peak_name} {short(peak_flops / 1e9)} GFLOP/s", (ridge * 1.15, peak_flops / 1e9), (0, 5),
                   textcoords="offset points", fontsize=SMALL)  # fmt: skip
-    middle = (left * ridge) ** 0.5
-    axes.annotate(f"memory {short(bandwidth / 1e9)} GB/s", (middle, bandwidth * middle / 1e9), (9, -9),
-                  textcoords="offset points", fontsize=SMALL, va="top")  # fmt: skip
+    axes.annotate(f"memory {short(bandwidth / 1e9)} GB/s", (0.7 * ridge, 0.7 * peak_flops / 1e9), (-7, 2),
+                  textcoords="offset points", fontsize=SMALL, ha="right")  # fmt: skip
     add_legend(axes, loc="lower right")
     return figure
 

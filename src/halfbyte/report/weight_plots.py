@@ -110,10 +110,11 @@ def plot_error_histogram(
             label = "±0.5: rounding to nearest" if bound > 0 else None
             axes.axvline(bound, color="black", linewidth=0.9, linestyle="--", label=label)
         beyond = np.average(np.abs(points) > 0.5 + 1e-3, weights=weights)
-        said.append(f"beyond ±0.5: {100 * beyond:.2g} %")
-    axes.plot([], [], " ", label=", ".join(said))
+        said.append(f"beyond: {100 * beyond:.2g} %")
+    for text in said:
+        axes.plot([], [], " ", label=text)
     dress(axes, title=title, x=f"error, {unit}", y="share of weights per bin, %")
-    axes.set_ylim(0, float(share.max()) * 1.32)
+    axes.set_ylim(0, float(share.max()) * 1.4)
     add_legend(axes, loc="upper left")
     return figure
 
