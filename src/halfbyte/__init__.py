@@ -13,6 +13,8 @@ if TYPE_CHECKING:
     from halfbyte.evaluation.compare import compare
     from halfbyte.evaluation.comparison import Comparison
     from halfbyte.evaluation.perplexity import perplexity
+    from halfbyte.evaluation.profile import profile
+    from halfbyte.evaluation.profile_result import Profile
     from halfbyte.generation.chat import Chat
     from halfbyte.generation.loop import Generation
     from halfbyte.generation.model import Model, load
@@ -30,12 +32,14 @@ _HOMES = {
     "Generation": "halfbyte.generation.loop",
     "HalfbyteError": "halfbyte.errors",
     "Model": "halfbyte.generation.model",
+    "Profile": "halfbyte.evaluation.profile_result",
     "QuantConfig": "halfbyte.quantization.config",
     "QuantizationReport": "halfbyte.quantization.report",
     "QuantizedTensor": "halfbyte.tensor",
     "compare": "halfbyte.evaluation.compare",
     "load": "halfbyte.generation.model",
     "perplexity": "halfbyte.evaluation.perplexity",
+    "profile": "halfbyte.evaluation.profile",
     "quantize": "halfbyte.generation.self_calibration",
     "rejection_sample": "halfbyte.sampling.rejection",
 }
@@ -46,12 +50,14 @@ __all__ = [
     "Generation",
     "HalfbyteError",
     "Model",
+    "Profile",
     "QuantConfig",
     "QuantizationReport",
     "QuantizedTensor",
     "compare",
     "load",
     "perplexity",
+    "profile",
     "quantize",
     "rejection_sample",
 ]
