@@ -20,7 +20,7 @@ _COLUMNS = ("batch", "kernel", "ms", "quartiles", "tokens/s", "TFLOP/s", "GB/s",
 
 
 def command(
-    more_batch_sizes: Annotated[list[str] | None, typer.Argument(hidden=True)] = None,
+    more_batch_sizes: Annotated[list[str] | None, typer.Argument(hidden=True, metavar="")] = None,
     model_dim: Annotated[
         int | None, typer.Option(help="D: four D × D linears and an MLP of D → 4D → D; 2048 without --model.")
     ] = None,
@@ -122,7 +122,7 @@ def _footer(found: Profile) -> str:
     lines = [
         f"roofline: share of what memory ({bandwidth / 1e9:.1f} GB/s) and {kind} ({peak / 1e12:.3g} TFLOP/s) allow, "
         "measured in this run" + ("; 8-bit arithmetic can exceed it" if found.threads is not None else ""),
-        f"weights: copies of at least {2 * found.cache_bytes / 1e6:,.0f} MB each, twice the last-level cache; "
+        f"weights: copies of {2 * found.cache_bytes / 1e6:,.0f} MB together or more, twice the last-level cache; "
         f"a block has {megabytes(max(row.weight_bytes for row in block))} in 16 bit and "
         f"{megabytes(min(row.weight_bytes for row in block))} in 4",
     ]
