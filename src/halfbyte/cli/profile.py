@@ -20,7 +20,7 @@ _COLUMNS = ("batch", "kernel", "ms", "quartiles", "tokens/s", "TFLOP/s", "GB/s",
 
 
 def command(
-    more_batch_sizes: Annotated[list[str] | None, typer.Argument(hidden=True, metavar="")] = None,
+    more_batch_sizes: Annotated[list[str] | None, typer.Argument(hidden=True)] = None,
     model_dim: Annotated[
         int | None, typer.Option(help="D: four D × D linears and an MLP of D → 4D → D; 2048 without --model.")
     ] = None,
