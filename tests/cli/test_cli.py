@@ -331,7 +331,7 @@ def test_every_verb_has_help_with_an_example(verb: str) -> None:
         (["generate", "nowhere", "hi", "--min-p", "2"], "min_p: expected a number in [0, 1]"),
         (["generate", "nowhere", "hi", "--stop", ""], "stop: expected strings of at least one character"),
         (["chat", "nowhere", "--repetition-penalty", "0"], "repetition_penalty: expected more than 0"),
-        (["eval", "nowhere", "--data", "none.txt"], "--data none.txt: cannot be read"),
+        (["eval", "nowhere", "--data", "none.txt"], "data none.txt: cannot be read"),
         (["quantize", "nowhere", "-o", "out"], "nowhere: no such folder"),
         (["quantize", "nowhere", "-o", "out", "--bits", "5"], "bits: "),
         (["quantize", "nowhere", "-o", "out", "--method", "rtn", "--propagate"], "propagate: method rtn looks at no"),

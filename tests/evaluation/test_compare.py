@@ -9,7 +9,7 @@ import pytest
 import torch
 
 import halfbyte
-from halfbyte.errors import ConfigError, HalfbyteError
+from halfbyte.errors import ConfigError, HalfbyteError, UnsupportedError
 from halfbyte.evaluation import compare as comparing
 from halfbyte.evaluation.bootstrap import Estimate
 from halfbyte.evaluation.closeness import divergence, log_probabilities
@@ -26,6 +26,15 @@ def text_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("data") / "text.txt"
     path.write_text(TEXT[:2400], encoding="utf-8")
     return path
+
+
+def test_models_in_transformers_are_compared_too(tiny_llama: Path, quantized_llama: Path, text_file: Path) -> None:
+    settings: dict[str, Any] = {"data": text_file, "window": WINDOW, "n_samples": 3, "skip_speed": True}
+    fused = halfbyte.compare(tiny_llama, quantized_llama, compute="a16", head_bits=16, progress=False, **settings)
+    other = halfbyte.compare(tiny_llama, quantized_llama, backend="transformers", progress=False, **settings)
+    assert [side.engine for side in (*fused.sides, *other.sides)] == ["decoder"] * 2 + ["transformers"] * 2
+    for one, two in zip(fused.sides, other.sides, strict=True):
+        assert one.window_nll == pytest.approx(two.window_nll, abs=0.05)
 
 
 @pytest.fixture(scope="module")
@@ -244,3 +253,40 @@ def test_throughputs_are_taken_in_turn(tiny_llama: Path, monkeypatch: pytest.Mon
     assert [result.prefill_tokens_per_second for result in results] == [4.0, 4.0]
     assert [result.decode_tokens_per_second for result in results] == [1.0, 1.0]
     assert results[0].decode_seconds == (4.0, 4.0)
+
+
+def test_nf4_needs_bitsandbytes(
+    tiny_llama: Path, quantized_llama: Path, text_file: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from halfbyte.evaluation import nf4
+
+    monkeypatch.setattr(nf4, "find_spec", lambda name: None if name == "bitsandbytes" else name)
+    with pytest.raises(UnsupportedError, match=r'needs bitsandbytes; install it with: pip install "halfbyte\[nf4\]"'):
+        halfbyte.compare(tiny_llama, f"{tiny_llama}@nf4", data=text_file)
+    monkeypatch.setattr(nf4, "find_spec", lambda name: name)
+    with pytest.raises(UnsupportedError, match=r"@nf4: the model is quantized already"):
+        halfbyte.compare(tiny_llama, f"{quantized_llama}@nf4", data=text_file)
+
+
+def test_nf4_of_bitsandbytes_is_a_peer(tiny_llama: Path, text_file: Path) -> None:
+    functional = pytest.importorskip("bitsandbytes.functional")
+    result = halfbyte.compare(
+        tiny_llama, f"{tiny_llama}@nf4", data=text_file, window=WINDOW, n_samples=4, quick=True, progress=False
+    )
+    original, peer = result.sides
+    assert (peer.disk_bytes, peer.compression, peer.quantized) == (None, None, True)
+    assert (peer.engine, peer.kernels) == ("transformers", {"bitsandbytes nf4": 14})
+    assert peer.throughput is not None
+    reference = halfbyte.load(tiny_llama, backend="transformers").network.float()
+    for module in (layer for layer in reference.model.layers.modules() if isinstance(layer, torch.nn.Linear)):
+        codes, state = functional.quantize_4bit(module.weight.data, quant_type="nf4")
+        module.weight.data = functional.dequantize_4bit(codes, state)
+    ids = halfbyte.load(tiny_llama).tokenizer(text_file.read_text(), return_tensors="pt")["input_ids"][0]
+    for part, loss in zip(ids.split(WINDOW), peer.window_nll, strict=False):
+        with torch.inference_mode():
+            expected = reference(input_ids=part[None], labels=part[None]).loss
+        assert loss == pytest.approx(float(expected), rel=2e-3)
+    assert peer.window_nll != original.window_nll
+    matrices = sum(p.numel() for name, p in reference.named_parameters() if "_proj" in name)
+    others = sum(p.numel() for name, p in reference.named_parameters() if "_proj" not in name)
+    assert peer.memory_bytes == matrices // 2 + matrices // 64 * 4 + others * 4

@@ -25,7 +25,7 @@ def command(
         typer.Argument(
             help="Two or more; the first is the reference. A folder, sample:NAME, a hub name, or MODEL@METHOD (awq, "
             "awq-l2, gptq, best, rtn), quantized when first asked for and kept in the cache; options as "
-            "MODEL@awq:group_size=32,bits=3."
+            "MODEL@awq:group_size=32,bits=3. MODEL@nf4 is bitsandbytes' (pip install 'halfbyte[nf4]')."
         ),
     ],
     data: Annotated[

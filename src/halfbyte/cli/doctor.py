@@ -21,6 +21,7 @@ REQUIRED = (
 EXTRAS = {
     "offload": (("accelerate",), "device_map and max_memory: a model on several devices"),
     "lora": (("peft",), "training of LoRA adapters on a quantized model"),
+    "nf4": (("bitsandbytes", "accelerate"), "MODEL@nf4 in halfbyte compare: the 4 bits of bitsandbytes"),
     "bench": (("llama-cpp-python", "openvino", "nncf", "optimum-intel"), "the peers of benchmarks/cpu_decode.py"),
     "dev": (("ruff", "mypy", "pytest", "hypothesis", "import-linter"), "tests and checks of halfbyte itself"),
 }

@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import asdict
-from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
 from halfbyte.cli.render import JsonFlag, parse_head_bits, print_json, print_table
-from halfbyte.errors import ConfigError
 
 
 def command(
@@ -38,7 +36,9 @@ def command(
 
     Example: halfbyte eval smollm2-4bit --data wiki.test.raw --max-windows 12
     """
-    text = "" if skip_perplexity else _read_text(data)
+    from halfbyte.evaluation.texts import read_text
+
+    text = "" if skip_perplexity else read_text(data).text
     from halfbyte.evaluation.perplexity import measure_perplexity
     from halfbyte.evaluation.throughput import measure_throughput
     from halfbyte.generation.model import load
@@ -61,19 +61,6 @@ def command(
         print_json(result)
     else:
         _print_result(result)
-
-
-def _read_text(data: str) -> str:
-    if data == "builtin":
-        from halfbyte.quantization.calibration import builtin_documents
-
-        return "\n\n".join(builtin_documents("heldout"))
-    try:
-        return Path(data).read_text(encoding="utf-8")
-    except UnicodeDecodeError as error:
-        raise ConfigError(f"--data {data}: not UTF-8 text (byte {error.start}); convert it first") from None
-    except OSError as error:
-        raise ConfigError(f"--data {data}: cannot be read ({error.strerror})") from None
 
 
 def _print_result(result: dict[str, Any]) -> None:

@@ -56,6 +56,7 @@ def measure_windows(
     return found
 
 
+@torch.inference_mode()  # what transformers returns may only be changed in it
 def log_probabilities(model: Model, ids: torch.Tensor) -> torch.Tensor:
     """Of what follows each token but the last: float32 [tokens - 1, vocabulary]."""
     logits = model.logits(ids)[:-1]

@@ -7,6 +7,7 @@ import string
 import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -19,10 +20,11 @@ from halfbyte.checkpoints.reader import Checkpoint, read_json_object
 from halfbyte.checkpoints.sources import resolve_model
 from halfbyte.device.cpu import cpu_info, pick_tier, thread_count
 from halfbyte.device.torch_device import pick_device
-from halfbyte.errors import ConfigError
+from halfbyte.errors import ConfigError, UnsupportedError
 from halfbyte.evaluation.bootstrap import CONFIDENCE, RESAMPLES, bootstrap_mean
 from halfbyte.evaluation.closeness import WindowMeasures, measure_windows
 from halfbyte.evaluation.comparison import Comparison, Side, pair_up
+from halfbyte.evaluation.nf4 import QUANTIZATION, SUFFIX, check_nf4, load_nf4
 from halfbyte.evaluation.texts import BUILTIN, EvaluationText, read_text
 from halfbyte.evaluation.throughput import Throughput, measure_throughputs
 from halfbyte.generation.model import Model, load
@@ -79,7 +81,8 @@ def compare(
 
     Args:
         models: folders, "sample:NAME", hub names, or any of these with @METHOD, which are quantized on the built-in
-            calibration text and kept in the cache (`halfbyte.quantization.on_the_fly`). The first is the reference.
+            calibration text and kept in the cache (`halfbyte.quantization.on_the_fly`). @nf4 is bitsandbytes' 4-bit
+            normal float (extra `nf4`). The first model is the reference.
         data: "builtin" (the part of Python's prose that nothing is calibrated on), or a UTF-8 text file.
         window: tokens of context; windows do not overlap.
         n_samples: windows to measure at most, from the beginning of the text; None for 64, or 16 where `quick`.
@@ -148,13 +151,20 @@ class _Contestant:
 
     def __init__(self, model: str | Path, label: str):
         self.name, self.label = str(model), label
-        request = parse_copy_request(model)
+        self.nf4 = self.name.endswith(SUFFIX) and not Path(self.name).is_dir()
+        if self.nf4:
+            check_nf4(self.name)
+        request = None if self.nf4 else parse_copy_request(model)
         # Of MODEL@METHOD the model that the copy is made from, until `make`.
-        self.folder = resolve_model(model if request is None else request.model)
+        name = self.name.removesuffix(SUFFIX) if self.nf4 else model
+        self.folder = resolve_model(name if request is None else request.model)
         self.on_the_fly = request is not None
         self.calibrated = request is not None and request.config.calibrated
-        self.quantized = self.on_the_fly or "quantization_config" in read_json_object(self.folder / "config.json")
-        self.disk_bytes: int | None = None
+        stored = "quantization_config" in read_json_object(self.folder / "config.json")
+        if stored and self.nf4:
+            raise UnsupportedError(f"{self.name}: the model is quantized already; give the 16-bit model it came from")
+        self.quantized = stored or self.nf4 or self.on_the_fly
+        self.tensor_bytes = 0
 
     def make(self, effort: Effort, progress: bool) -> None:
         """Quantize it unless that is done; from here on `folder` is where it is."""
@@ -165,31 +175,41 @@ class _Contestant:
                 max_calib_seq_len=effort.max_calib_seq_len,
                 progress=progress,
             )
-        self.disk_bytes = Checkpoint.open(self.folder).total_bytes
+        self.tensor_bytes = Checkpoint.open(self.folder).total_bytes
+
+    @property
+    def disk_bytes(self) -> int | None:
+        """Of all its tensors on disk; None of what is never stored."""
+        return None if self.nf4 else self.tensor_bytes
 
     def load(self, loading: dict[str, Any]) -> tuple[Model, float]:
         """The model and the seconds it took to load, without the import of its architecture's code."""
         build_skeleton(str(self.folder), torch.bfloat16)
+        if self.nf4:
+            import_module("bitsandbytes")
         start = time.perf_counter()
-        model = load(self.folder, **loading)
+        model = (
+            load_nf4(self.folder, device=loading.get("device", "auto")) if self.nf4 else load(self.folder, **loading)
+        )
         return model, time.perf_counter() - start
 
     def side(self, first: _Contestant) -> Side:
         """What is known without loading it."""
-        assert self.disk_bytes is not None
-        assert first.disk_bytes is not None
+        mine, other = self.disk_bytes, first.disk_bytes
         return Side(
             label=self.label,
             name=self.name,
             folder=self.folder,
             quantized=self.quantized,
             measured=False,
-            disk_bytes=self.disk_bytes,
-            compression=first.disk_bytes / self.disk_bytes,
+            disk_bytes=mine,
+            compression=None if mine is None or other is None else other / mine,
             quantization=self._quantization(),
         )
 
     def _quantization(self) -> dict[str, Any] | None:
+        if self.nf4:
+            return dict(QUANTIZATION)
         manifest = self.folder / MANIFEST_NAME
         if manifest.is_file():
             document = read_json_object(manifest)
@@ -235,7 +255,7 @@ def _check_memory(contestants: Sequence[_Contestant], loading: dict[str, Any]) -
     """Refuse what would be killed: all models are in memory together."""
     if pick_device(loading.get("device", "auto")).type != "cpu":
         return
-    needed = sum(one.disk_bytes or 0 for one in contestants)
+    needed = sum(one.tensor_bytes for one in contestants)
     free = psutil.virtual_memory().available
     if needed > free:
         raise ConfigError(
