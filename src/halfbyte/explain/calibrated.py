@@ -16,7 +16,7 @@ from halfbyte.errors import UnsupportedError
 from halfbyte.explain.lessons import SAMPLE, Options
 from halfbyte.explain.matrix import pick_layer
 from halfbyte.progress import progress_bar
-from halfbyte.quantization.calibration import build_calibration_set
+from halfbyte.quantization.calibration import build_calibration_set, builtin_documents
 from halfbyte.quantization.capture import Batch, capture_block_inputs, quantizable_linears
 from halfbyte.quantization.config import QuantConfig
 from halfbyte.quantization.discovery import Trial, discover_folds
@@ -24,6 +24,8 @@ from halfbyte.quantization.statistics import InputStatistics, StatisticsCollecto
 from halfbyte.quantization.tracing import BlockTrace, Product
 
 SEQUENCES, TOKENS = 4, 256
+# One in so many is tokenized: there is text enough in them.
+DOCUMENTS = 10
 CPU = torch.device("cpu")
 
 
@@ -72,8 +74,9 @@ def calibrate_layer(options: Options) -> CalibratedLayer:
     name = pick_layer(list(linears), options)
     number, _, local = name.removeprefix(f"{stored_name}.").partition(".")
     config = QuantConfig().resolved([(name, linears[name].in_features)])
+    documents = builtin_documents()[::DOCUMENTS]
     calibration = build_calibration_set(
-        load_tokenizer(checkpoint.folder), "builtin", max_calib_samples=SEQUENCES, max_calib_seq_len=TOKENS, seed=0
+        load_tokenizer(checkpoint.folder), documents, max_calib_samples=SEQUENCES, max_calib_seq_len=TOKENS, seed=0
     )
     with progress_bar("Running the model", int(number) + 2, enabled=options.progress, unit="blocks") as ticker:
         batches = list(capture_block_inputs(skeleton, blocks_name, calibration.blocks, tensors, CPU))
