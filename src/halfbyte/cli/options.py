@@ -6,7 +6,13 @@ from typing import Annotated
 
 import typer
 
-ModelArgument = Annotated[str, typer.Argument(help="A folder, sample:NAME, or a hub name.")]
+ModelArgument = Annotated[
+    str,
+    typer.Argument(
+        help="A folder, sample:NAME, a hub name, or one of these with @METHOD (awq, best, …), quantized when first "
+        "asked for, and kept."
+    ),
+]
 Temperature = Annotated[float, typer.Option(help="0 is greedy.")]
 TopK = Annotated[int | None, typer.Option(help="Keep the k most likely tokens.")]
 TopP = Annotated[float | None, typer.Option(help="Keep the most likely tokens up to this probability.")]
