@@ -15,8 +15,9 @@ if TYPE_CHECKING:
     from halfbyte.explain.lesson import Block, Lesson, Step
 
 WIDTH = 100
-# Okabe and Ito 2008: eight colours that people with colour blindness tell apart; the eighth is grey in place of black.
-COLOURS = ("#E69F00", "#56B4E9", "#009E73", "#F0E442", "#0072B2", "#D55E00", "#CC79A7", "#999999")
+# After Okabe and Ito 2008, whose eight colours people with colour blindness tell apart; the lightest are darker and the
+# darkest lighter, so that each can be read on black and on white.
+COLOURS = ("#D98E04", "#3FA0D9", "#009E73", "#A99A00", "#4C78D0", "#D55E00", "#C26A9E", "#8C8C8C")
 PLOT_WIDTH, PLOT_HEIGHT = 64, 14
 MARKERS = "●▲■◆○△□◇"
 

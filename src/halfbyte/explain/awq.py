@@ -172,22 +172,24 @@ def _result(write: StepWriter, layer: CalibratedLayer, fold: Fold, choice: Scale
     error, scaled_error = RelativeError(layer.weight, layer.statistics.gram), RelativeError(weight, gram)
     rounded = choose_codes(weight, gram, grid, layer.config)
     tensor, _ = rounded.tensors(slice(None), weight, grid)
-    stages = {
-        "rtn": error(grid.fake_quantize(layer.weight)),
-        "scaled": scaled_error(grid.fake_quantize(weight)),
-        "ranged": scaled_error(tensor.dequantize()),
-    }
-    write.say()
+    plain, scaled, ranged = grid.fake_quantize(layer.weight), grid.fake_quantize(weight), tensor.dequantize()
+    stages = {"rtn": error(plain), "scaled": scaled_error(scaled), "ranged": scaled_error(ranged)}
+    restored = {"rtn": plain, "scaled": scaled / columns, "ranged": ranged / columns}
+    others = layer.others.T @ layer.others / max(len(layer.others), 1)
+    elsewhere = RelativeError(layer.weight, others)
+    write.say(tokens=layer.statistics.tokens, others=len(layer.others))
     write.table("table", [
-        [write.word(name), number(value, ".5f"), number(value / stages["rtn"], ".3f")] for name, value in stages.items()
+        [write.word(name), number(value, ".5f"), number(value / stages["rtn"], ".3f"),
+         number(elsewhere(restored[name]), ".5f") if len(layer.others) else "-"]
+        for name, value in stages.items()
     ])  # fmt: skip
     step = tensor.scales[:, tensor.column_groups]
     inside = (tensor.codes > 0) & (tensor.codes < grid.max_code)
     write.check("nearest", bool((((tensor.dequantize() - weight).abs() <= 0.5001 * step) | ~inside).all()))
     share = float(rounded.ranges.clipped.float().mean())
     outputs = (layer.rows / columns) @ tensor.dequantize().T
-    plain = layer.rows @ layer.weight.T
-    direct = float((outputs - plain).square().sum() / plain.square().sum())
+    exact = layer.rows @ layer.weight.T
+    direct = float((outputs - exact).square().sum() / exact.square().sum())
     write.check("direct", abs(direct - stages["ranged"]) <= 1e-3 * direct, tokens=layer.statistics.tokens)
     if stages["ranged"] < stages["rtn"]:
         write.say("less", ratio=stages["rtn"] / stages["ranged"])

@@ -23,7 +23,8 @@ from halfbyte.quantization.discovery import Trial, discover_folds
 from halfbyte.quantization.statistics import InputStatistics, StatisticsCollector, block_output
 from halfbyte.quantization.tracing import BlockTrace, Product
 
-SEQUENCES, TOKENS = 4, 256
+# Sequences that are calibrated on, others that results are measured on, and tokens in each.
+SEQUENCES, OTHERS, TOKENS = 4, 2, 256
 # One in so many is tokenized: there is text enough in them.
 DOCUMENTS = 10
 CPU = torch.device("cpu")
@@ -37,6 +38,7 @@ class CalibratedLayer:
         name: full name on disk.
         weight: float32 [out, in].
         rows: float32 [tokens, in], every input that the statistics saw.
+        others: float32 [tokens, in], inputs they did not see; none for an expert, whose tokens are its own.
         statistics: of that input.
         shared: names inside the block of all matrices with the same input, this one among them.
         weights: float32 [out, in] of each of those the fold scales.
@@ -47,6 +49,7 @@ class CalibratedLayer:
     name: str
     weight: torch.Tensor
     rows: torch.Tensor
+    others: torch.Tensor
     statistics: InputStatistics
     shared: tuple[str, ...]
     weights: list[torch.Tensor]
@@ -56,7 +59,7 @@ class CalibratedLayer:
 
 @torch.no_grad()
 def calibrate_layer(options: Options) -> CalibratedLayer:
-    """Run a few thousand tokens through the model up to the layer's block, and look at what reaches the layer.
+    """Run some thousand tokens through the model up to the layer's block, and look at what reaches the layer.
 
     Raises:
         HalfbyteError: the model cannot be read, is quantized already, or has no such layer.
@@ -76,10 +79,15 @@ def calibrate_layer(options: Options) -> CalibratedLayer:
     config = QuantConfig().resolved([(name, linears[name].in_features)])
     documents = builtin_documents()[::DOCUMENTS]
     calibration = build_calibration_set(
-        load_tokenizer(checkpoint.folder), documents, max_calib_samples=SEQUENCES, max_calib_seq_len=TOKENS, seed=0
+        load_tokenizer(checkpoint.folder),
+        documents,
+        max_calib_samples=SEQUENCES + OTHERS,
+        max_calib_seq_len=TOKENS,
+        seed=0,
     )
     with progress_bar("Running the model", int(number) + 2, enabled=options.progress, unit="blocks") as ticker:
-        batches = list(capture_block_inputs(skeleton, blocks_name, calibration.blocks, tensors, CPU))
+        masks = [torch.full((len(block),), n < SEQUENCES) for n, block in enumerate(calibration.blocks)]
+        batches = list(capture_block_inputs(skeleton, blocks_name, calibration.blocks, tensors, CPU, masks=masks))
         ticker.advance()
         for index in range(int(number)):
             fill(blocks[index], f"{blocks_name}.{index}", tensors, torch.float32)
@@ -101,14 +109,19 @@ def _look(
     if shared is None:
         raise UnsupportedError(f"--layer {name}: no token of the experiment reached it; take another")
     rows: list[torch.Tensor] = []
+    others: list[torch.Tensor] = []
 
     def note(product: Product) -> None:
         if local in product.matrices:
-            rows.append(product.x.reshape(-1, product.x.shape[-1]).float())
+            x = product.x.reshape(-1, product.x.shape[-1]).float()
+            assert batch.counts is not None
+            counts = batch.counts.reshape(-1) if batch.counts.numel() == len(x) else torch.ones(len(x)).bool()
+            rows.append(x[counts])
+            others.append(x[~counts])
 
     collector = StatisticsCollector(block, discovery.shared_inputs)
     for batch in batches:
-        collector.observe(batch.hidden, batch.kwargs[index], None)
+        collector.observe(batch.hidden, batch.kwargs[index], batch.counts)
         with BlockTrace(block, on_product=note):
             block(batch.hidden, **batch.kwargs[index])
     collector.finish()
@@ -119,6 +132,7 @@ def _look(
         name,
         weight_of(block, local).clone(),
         torch.cat(rows),
+        torch.cat(others),
         collector.statistics[shared[0]],
         shared,
         weights,

@@ -209,15 +209,16 @@ def _layer(write: StepWriter, options: Options) -> Step:
         generator = torch.Generator().manual_seed(5)
         weight = 0.02 * torch.randn(OUTPUTS, INPUTS, generator=generator)
         # As in a trained model, inputs move together: a few factors make most of them.
-        x = torch.randn(4 * TOKENS, FACTORS, generator=generator) @ torch.randn(FACTORS, INPUTS, generator=generator)
+        x = torch.randn(8 * TOKENS, FACTORS, generator=generator) @ torch.randn(FACTORS, INPUTS, generator=generator)
         x += 0.3 * FACTORS**0.5 * torch.randn(x.shape, generator=generator)
-        gram, grid, name = x.T @ x / len(x), Grid(4, GROUP, True), write.word("made_up")
+        seen, others = x[: 4 * TOKENS], x[4 * TOKENS :]
+        gram, grid, name = seen.T @ seen / len(seen), Grid(4, GROUP, True), write.word("made_up")
     else:
         from halfbyte.explain.calibrated import calibrate_layer
 
         layer = calibrate_layer(options)
         assert isinstance(layer.config.group_size, int)
-        weight, gram, name = layer.weight, layer.statistics.gram, layer.name
+        weight, gram, others, name = layer.weight, layer.statistics.gram, layer.others, layer.name
         grid = Grid(4, layer.config.group_size, True)
     ranges = full_range(weight, grid)
     codes = {
@@ -226,21 +227,26 @@ def _layer(write: StepWriter, options: Options) -> Step:
         "swept": compensate(weight, gram, ranges, grid, sweeps=SWEEPS),
     }
     write.say(name=name, n=weight.shape[0], k=weight.shape[1], size=grid.group_size, sweeps=SWEEPS)
-    error = RelativeError(weight, gram)
+    error, elsewhere = RelativeError(weight, gram), RelativeError(weight, others.T @ others / max(len(others), 1))
     rows: list[Row] = []
-    errors, moves = [], []
+    errors, moves, outside = [], [], []
     for label, found in codes.items():
         restored = grid.tensor(found, ranges.scales, ranges.zeros).dequantize()
         errors.append(error(restored))
+        outside.append(elsewhere(restored))
         moves.append(float((restored - weight).square().mean().sqrt() / weight.square().mean().sqrt()))
         changed = float((found != codes["nearest"]).float().mean())
         rows.append(
-            [write.word(label), number(changed, ".0%"), number(moves[-1], ".4f"), number(errors[-1], ".5f"),
-             number(errors[-1] / errors[0], ".2f")]
+            [write.word(label), number(changed, ".0%"), number(moves[-1], ".4f"), number(errors[-1], ".2e"),
+             number(outside[-1], ".2e") if len(others) else "-"]
         )  # fmt: skip
     write.table("table", rows)
     if options.source is None or errors[2] <= errors[1] < errors[0]:  # of the made-up layer it must be so
         write.check("output", errors[2] <= errors[1] < errors[0], ratio=errors[0] / errors[2])
+    if options.source is None:
+        write.check("outside", outside[1] < outside[0], ratio=outside[0] / outside[2])
+    elif len(others):
+        write.say("outside", ratio=outside[0] / outside[2], seen=layer.statistics.tokens, others=len(others))
     write.check("weights", moves[0] <= min(moves[1:]))
     write.say("so")
     return write.step()
