@@ -50,9 +50,11 @@ inline std::size_t a8_row_bytes(int cols, int groups) {
 struct A8Product {
     // x [cols] → a quantized row.
     void (*quantize)(const float* x, int cols, int groups, std::int8_t* row);
-    // M quantized rows, `stride` bytes apart, times blocks [begin, end): y[m · y_stride + 16 · block + r].
+    // Of the scratch that M rows want.
+    std::size_t (*scratch_bytes)(const A8View&, int m);
+    // M quantized rows, `stride` bytes apart, times blocks [begin, end): y[m · y_stride + 16 · block + r]. The scratch begins a line.
     void (*multiply)(const A8View&, const std::int8_t* x, std::size_t stride, int m, float* y, std::size_t y_stride,
-                     int begin, int end);
+                     int begin, int end, std::int8_t* scratch);
 };
 
 }  // namespace halfbyte

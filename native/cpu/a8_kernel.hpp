@@ -12,6 +12,7 @@
 #include <cstring>
 
 #include "a8.hpp"
+#include "a8_wide.hpp"
 #include "w4.hpp"
 
 namespace halfbyte {
@@ -129,7 +130,14 @@ struct A8Kernel {
 
     template <int BITS>
     static void multiply_bits(const A8View& w, const std::int8_t* x, std::size_t stride, int m, float* y,
-                              std::size_t y_stride, int begin, int end) {
+                              std::size_t y_stride, int begin, int end, std::int8_t* scratch) {
+        if constexpr (S::WIDE_ROWS > 0 && BITS != 6)
+            if (A8Wide<S>::takes(w)) {
+                const int done = A8Wide<S>::template multiply<BITS>(w, x, stride, m, y, y_stride, begin * VECTORS, end * VECTORS, scratch);
+                x += done * stride;
+                y += done * y_stride;
+                m -= done;
+            }
         // If there are several tiles of rows, a few blocks stay in L1 while all of them pass.
         const int strip = m > 4 ? S::A8_BLOCKS : end - begin;
         for (int block = begin; block < end; block += strip) {
@@ -146,16 +154,16 @@ struct A8Kernel {
     }
 
     static void multiply(const A8View& w, const std::int8_t* x, std::size_t stride, int m, float* y, std::size_t y_stride,
-                         int begin, int end) {
+                         int begin, int end, std::int8_t* scratch) {
         if (w.bits == 4)
-            multiply_bits<4>(w, x, stride, m, y, y_stride, begin, end);
+            multiply_bits<4>(w, x, stride, m, y, y_stride, begin, end, scratch);
         else if (w.bits == 6)
-            multiply_bits<6>(w, x, stride, m, y, y_stride, begin, end);
+            multiply_bits<6>(w, x, stride, m, y, y_stride, begin, end, scratch);
         else
-            multiply_bits<8>(w, x, stride, m, y, y_stride, begin, end);
+            multiply_bits<8>(w, x, stride, m, y, y_stride, begin, end, scratch);
     }
 
-    static constexpr A8Product product() { return {quantize, multiply}; }
+    static constexpr A8Product product() { return {quantize, A8Wide<S>::scratch_bytes, multiply}; }
 };
 
 }  // namespace

@@ -81,7 +81,11 @@ void A8Linear::multiply(const void* prepared, int m, float* y, std::size_t y_str
     const auto* x = static_cast<const std::int8_t*>(prepared);
     const std::size_t stride = prepared_bytes();
     const int whole = std::min(end, rows_ / BLOCK_ROWS);
-    if (begin < whole) tier_.a8.multiply(view_, x, stride, m, y, y_stride, begin, whole);
+    static thread_local std::vector<std::uint8_t> memory;  // grows and stays
+    const std::size_t wanted = tier_.a8.scratch_bytes(view_, m) + LINE;
+    if (memory.size() < wanted) memory.resize(wanted);
+    auto* scratch = reinterpret_cast<std::int8_t*>(round_up(reinterpret_cast<std::uintptr_t>(memory.data()), LINE));
+    if (begin < whole) tier_.a8.multiply(view_, x, stride, m, y, y_stride, begin, whole, scratch);
     if (whole < end) {  // the kernel writes all sixteen rows of the last block
         const int left = rows_ - whole * BLOCK_ROWS;
         for (int row = 0; row < m; ++row) {
@@ -89,7 +93,7 @@ void A8Linear::multiply(const void* prepared, int m, float* y, std::size_t y_str
             A8View last = view_;  // the last block alone, so that it is written to the start of `values`
             last.words += whole * a8_block_words(view_);
             last.meta += static_cast<std::size_t>(whole) * view_.groups * A8_META;
-            tier_.a8.multiply(last, x + row * stride, stride, 1, values, 0, 0, 1);
+            tier_.a8.multiply(last, x + row * stride, stride, 1, values, 0, 0, 1, scratch);
             std::memcpy(y + row * y_stride + static_cast<std::size_t>(whole) * BLOCK_ROWS, values, sizeof(float) * left);
         }
     }

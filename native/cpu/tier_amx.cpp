@@ -158,7 +158,7 @@ void multiply_block(const A8View& w, const std::int8_t* x, std::size_t stride, f
 }
 
 void multiply(const A8View& w, const std::int8_t* x, std::size_t stride, int m, float* y, std::size_t y_stride, int begin,
-              int end) {
+              int end, std::int8_t* scratch) {
     const auto& vnni = avx512_vnni_tier()->a8;
     // 8-bit codes less their zero points would need nine bits.
     const int whole = w.bits == 4 ? m / TILE_ROWS * TILE_ROWS : 0;
@@ -177,7 +177,7 @@ void multiply(const A8View& w, const std::int8_t* x, std::size_t stride, int m, 
             }
         _tile_release();
     }
-    if (whole < m) vnni.multiply(w, x + whole * stride, stride, m - whole, y + whole * y_stride, y_stride, begin, end);
+    if (whole < m) vnni.multiply(w, x + whole * stride, stride, m - whole, y + whole * y_stride, y_stride, begin, end, scratch);
 }
 
 }  // namespace

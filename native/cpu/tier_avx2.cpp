@@ -7,7 +7,7 @@ namespace halfbyte {
 namespace {
 
 struct Avx2 : Avx2Vectors {
-    static constexpr int A8_VECTORS_1 = 2, A8_VECTORS_2 = 2, A8_VECTORS_4 = 1, A8_BLOCKS = 2;
+    static constexpr int A8_VECTORS_1 = 2, A8_VECTORS_2 = 2, A8_VECTORS_4 = 1, A8_BLOCKS = 2, WIDE_ROWS = 4, WIDE_LEAST = 3;
 
     // Products of pairs are summed in 16 bits: 4 octets · 2 halves · 15 · 127 · 2 < 2^15.
     template <int M, int V>
@@ -82,6 +82,46 @@ struct Avx2 : Avx2Vectors {
         }
         add_pairs(low_pairs, 1, acc);
         add_pairs(high_pairs, 16, acc);
+    }
+    // One vector of output rows times M rows of activations that a8_wide.hpp repeated.
+    template <int BITS, int M>
+    static inline void wide_dot32(const std::uint32_t* words, const std::int8_t* x, bool begins, I (&acc)[M]) {
+        const I mask = _mm256_set1_epi8(15);
+        I low_pairs[M], high_pairs[M];
+#pragma GCC unroll 8
+        for (int line = 0; line < BITS; ++line) {
+            const I codes = load_words(words + line * BLOCK_ROWS);
+            const I low = _mm256_and_si256(codes, mask), high = _mm256_and_si256(_mm256_srli_epi32(codes, 4), mask);
+            if constexpr (BITS == 4) {
+                add_wide(low, x, 2 * line, line == 0, low_pairs);
+                add_wide(high, x, 2 * line + 1, false, low_pairs);
+            } else {
+                add_wide(low, x, line, line == 0, low_pairs);
+                add_wide(high, x, line, line == 0, high_pairs);
+            }
+        }
+        const I ones = _mm256_set1_epi16(1), sixteens = _mm256_set1_epi16(16);
+        for (int m = 0; m < M; ++m) {
+            I sums = _mm256_madd_epi16(low_pairs[m], ones);
+            if constexpr (BITS == 8) sums = _mm256_add_epi32(sums, _mm256_madd_epi16(high_pairs[m], sixteens));
+            acc[m] = begins ? sums : _mm256_add_epi32(acc[m], sums);
+        }
+    }
+    template <int M>
+    static inline void add_wide(I codes, const std::int8_t* x, int part, bool begins, I (&pairs)[M]) {
+        for (int m = 0; m < M; ++m) {
+            const I product = _mm256_maddubs_epi16(codes, load_bytes(x + (part * M + m) * 4 * WIDTH));
+            pairs[m] = begins ? product : _mm256_add_epi16(pairs[m], product);
+            // GCC would rather add all products of a row in a tree, and spill them.
+            asm("" : "+x"(pairs[m]));
+        }
+    }
+    static I load_bytes(const std::int8_t* p) { return _mm256_load_si256(reinterpret_cast<const I*>(p)); }
+    static void store_words(std::int8_t* p, I words) { _mm256_store_si256(reinterpret_cast<I*>(p), words); }
+    static I halves(std::int32_t sum) { return _mm256_set1_epi32((sum & 127) + (sum >> 7) * 65536); }
+    static I spread_zeros(I zeros) { return _mm256_or_si256(zeros, _mm256_slli_epi32(zeros, 23)); }
+    static I minus_halves(I acc, I zeros, const std::int8_t* sum) {
+        return _mm256_sub_epi32(acc, _mm256_madd_epi16(zeros, load_bytes(sum)));
     }
     template <int M, int V>
     static inline void add_pairs(const I (&pairs)[M][V], int factor, I (&acc)[M][V]) {

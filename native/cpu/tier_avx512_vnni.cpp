@@ -48,7 +48,7 @@ struct Avx512 : F16C {
         return _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p))));
     }
 
-    static constexpr int A8_VECTORS_1 = 4, A8_VECTORS_2 = 4, A8_VECTORS_4 = 2, A8_BLOCKS = 4;
+    static constexpr int A8_VECTORS_1 = 4, A8_VECTORS_2 = 4, A8_VECTORS_4 = 2, A8_BLOCKS = 4, WIDE_ROWS = 0, WIDE_LEAST = 0;
     static I zero() { return _mm512_setzero_si512(); }
     static F to_float(I words) { return _mm512_cvtepi32_ps(words); }
     static I load_zeros(const std::uint8_t* p) {

@@ -14,7 +14,7 @@ namespace {
 
 struct AvxVnni : Avx2Vectors {
     // 4 or 8 accumulators, at two products a cycle of five cycles each; 2 rows × 4 spill.
-    static constexpr int A8_VECTORS_1 = 4, A8_VECTORS_2 = 2, A8_VECTORS_4 = 2, A8_BLOCKS = 2;
+    static constexpr int A8_VECTORS_1 = 4, A8_VECTORS_2 = 2, A8_VECTORS_4 = 2, A8_BLOCKS = 2, WIDE_ROWS = 0, WIDE_LEAST = 0;
 
     template <int M, int V>
     static inline void dot32_nibbles(const std::uint32_t* const (&words)[V], const std::int8_t* const (&x)[M],

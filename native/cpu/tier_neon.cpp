@@ -67,7 +67,7 @@ struct Neon {
     }
 
     // 4 to 8 accumulators: two dot products a cycle, each of one to three cycles.
-    static constexpr int A8_VECTORS_1 = 4, A8_VECTORS_2 = 4, A8_VECTORS_4 = 2, A8_BLOCKS = 2;
+    static constexpr int A8_VECTORS_1 = 4, A8_VECTORS_2 = 4, A8_VECTORS_4 = 2, A8_BLOCKS = 2, WIDE_ROWS = 0, WIDE_LEAST = 0;
     static I zero() { return vdupq_n_s32(0); }
     static F to_float(I words) { return vcvtq_f32_s32(words); }
     static I load_zeros(const std::uint8_t* p) {

@@ -41,7 +41,7 @@ struct Portable {
         for (int i = 0; i < count; ++i) target[i] = to_f16(source[i]);
     }
 
-    static constexpr int A8_VECTORS_1 = 2, A8_VECTORS_2 = 2, A8_VECTORS_4 = 1, A8_BLOCKS = 2;
+    static constexpr int A8_VECTORS_1 = 2, A8_VECTORS_2 = 2, A8_VECTORS_4 = 1, A8_BLOCKS = 2, WIDE_ROWS = 0, WIDE_LEAST = 0;
     static I zero() { return I{}; }
     static F to_float(I words) { return __builtin_convertvector(words, F); }
     static I load_zeros(const std::uint8_t* p) { return I{p[0], p[1], p[2], p[3]}; }
