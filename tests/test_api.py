@@ -32,7 +32,7 @@ def test_the_signatures_promised_in_0_1() -> None:
         "memory_budget", "ray", "overwrite", "progress",
     ]  # fmt: skip
     assert list(inspect.signature(halfbyte.load).parameters) == [
-        "path", "device", "backend", "compute", "head_bits", "cache", "fuse_layers", "modules_to_fuse",
+        "path", "device", "backend", "compute", "head_bits", "cache", "threads", "fuse_layers", "modules_to_fuse",
         "fuse_max_seq_len", "device_map", "max_memory",
     ]  # fmt: skip
     assert list(inspect.signature(halfbyte.perplexity).parameters) == ["model", "text", "window"]

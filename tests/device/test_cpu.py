@@ -3,7 +3,9 @@
 from pathlib import Path
 
 import pytest
+import torch
 
+from halfbyte import _native
 from halfbyte.device import cpu
 from halfbyte.errors import ConfigError
 
@@ -52,6 +54,22 @@ def test_thread_count_can_be_forced(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setenv("HALFBYTE_THREADS", wrong)
         with pytest.raises(ConfigError, match="HALFBYTE_THREADS"):
             cpu.thread_count()
+
+
+def test_a_process_can_be_told_its_threads(monkeypatch: pytest.MonkeyPatch) -> None:
+    before = torch.get_num_threads()
+    monkeypatch.setattr(cpu, "_chosen", None)
+    monkeypatch.setenv("HALFBYTE_THREADS", "3")
+    try:
+        cpu.use_threads(2)
+        assert (cpu.thread_count(), _native.threads(), torch.get_num_threads()) == (2, 2, 2)
+        for wrong in (0, -1, 1025):
+            with pytest.raises(ConfigError, match=f"^threads: expected 1 to 1024, got {wrong}"):
+                cpu.use_threads(wrong)
+        assert cpu.thread_count() == 2
+    finally:
+        torch.set_num_threads(before)
+        _native.set_threads(cpu.usable_cores())
 
 
 def test_measurements_are_positive() -> None:

@@ -207,3 +207,74 @@ def test_what_cannot_be_talked_about_is_refused(model: halfbyte.Model, quantized
     for bad in ({"max_new_tokens": 0}, {"context": 0}, {"top_k": 0}, {"stop": ""}):
         with pytest.raises(ConfigError, match=f"^{next(iter(bad))}: expected"):
             Chat(model, **bad)
+
+
+def drafted_turns(chat: Chat, monkeypatch: pytest.MonkeyPatch) -> tuple[list[str], list[list[int]]]:
+    """Answers to three messages, and the lengths of the pieces the drafter was given before each."""
+    given: list[list[int]] = []
+    assert chat._drafting is not None
+    engine = chat._drafting[0].engine  # type: ignore[attr-defined]
+    step = engine.step
+    monkeypatch.setattr(engine, "step", lambda cache, tokens: given[-1].append(len(tokens[0])) or step(cache, tokens))
+    answers = []
+    for text in ("One", "Two", "Three"):
+        given.append([])
+        answers.append(chat.send(text))
+    return answers, given
+
+
+@pytest.mark.parametrize("draft", ["copy", "ngram"])
+def test_a_draft_changes_no_answer(model: halfbyte.Model, folder: Path, draft: str) -> None:
+    plain = Chat(model, max_new_tokens=24)
+    drafting = Chat(model, max_new_tokens=24, draft=folder if draft == "copy" else draft, draft_length=3)
+    drafted = 0
+    for text in ("One", "the crow the crow the crow the", "One"):
+        stream = drafting.send(text, stream=True)
+        assert "".join(stream) == plain.send(text)
+        assert stream.generation is not None
+        assert stream.generation.speculation is not None
+        assert stream.generation.prompt_tokens == len(model.encode(drafting.messages[:-1]))
+        assert drafting.reused == plain.reused
+        drafted += stream.generation.speculation.drafted
+    assert drafted > 0
+
+
+def test_a_drafter_reads_a_turn_no_more_than_once(
+    model: halfbyte.Model, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    chat = Chat(model, max_new_tokens=12, draft=folder, draft_length=2)
+    _, given = drafted_turns(chat, monkeypatch)
+    prompt = len(model.encode(chat.messages[:-1]))
+    assert given[0][0] > 1
+    assert given[2][0] < prompt / 2
+
+
+def test_with_a_seed_a_drafted_conversation_repeats(model: halfbyte.Model, folder: Path) -> None:
+    chat = Chat(model, **SETTINGS, draft=folder)
+    first = [chat.send("One"), chat.send("Two")]
+    chat.reset()
+    assert [chat.send("One"), chat.send("Two")] == first
+
+
+def test_a_drafter_that_was_interrupted_begins_anew(
+    model: halfbyte.Model, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    chat = Chat(model, max_new_tokens=12, draft=folder, draft_length=2)
+    chat.send("One")
+    assert chat._drafting is not None
+    drafter: Any = chat._drafting[0]
+
+    def interrupt(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(drafter, "_draw", interrupt)
+        with pytest.raises(KeyboardInterrupt):
+            chat.send("Two")
+    before = list(chat.messages)
+    batch = drafter._batch
+    answer = chat.send("Three")
+    assert drafter._batch is not batch
+    fresh = Chat(model, max_new_tokens=12)
+    fresh.messages = before
+    assert fresh.send("Three") == answer

@@ -11,7 +11,13 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from halfbyte.cli import options
-from halfbyte.cli.render import decode_input, describe_generation, parse_head_bits
+from halfbyte.cli.render import (
+    decode_input,
+    describe_generation,
+    parse_draft_length,
+    parse_head_bits,
+    summarize_speculation,
+)
 from halfbyte.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -34,11 +40,14 @@ def command(
     repetition_penalty: options.RepetitionPenalty = 1.0,
     stop: options.Stop = None,
     seed: options.Seed = None,
+    draft: options.Draft = None,
+    draft_length: options.DraftLength = "auto",
     device: options.Device = "auto",
     backend: options.Backend = "auto",
     compute: options.Compute = "auto",
     head_bits: options.HeadBits = "auto",
     cache: options.Cache = "auto",
+    threads: options.Threads = None,
     json: Annotated[bool, typer.Option("--json", help="Print each answer as one line of JSON.")] = False,
 ) -> None:
     """Chat with a model; answers are streamed as they come.
@@ -56,8 +65,9 @@ def command(
     # Refuse a bad value before loading anything.
     SamplingParameters(temperature, top_k, top_p, min_p, repetition_penalty)
     stops = parse_stop(stop)
+    length = parse_draft_length(draft_length)
     bits = parse_head_bits(head_bits)
-    loaded = load(model, device=device, backend=backend, compute=compute, head_bits=bits, cache=cache)
+    loaded = load(model, device=device, backend=backend, compute=compute, head_bits=bits, cache=cache, threads=threads)
     chat = Chat(
         loaded,
         system=system,
@@ -70,6 +80,8 @@ def command(
         stop=stops,
         seed=seed,
         context=context,
+        draft=draft,
+        draft_length=length,
     )
     interactive = sys.stdin.isatty() and sys.stdout.isatty()
     for line in _typed() if interactive else map(decode_input, sys.stdin.buffer):
@@ -117,6 +129,8 @@ def _answer(chat: Chat, text: str, json: bool) -> None:
     generation = pieces.generation
     assert generation is not None
     print(json_module.dumps(describe_generation(generation), ensure_ascii=False) if json else "", flush=True)
+    if generation.speculation is not None and not json:
+        print(summarize_speculation(generation.speculation), file=sys.stderr, flush=True)
     if generation.finish_reason == "length":
         if generation.prompt_tokens + generation.new_tokens == chat.context:
             _note(f"cut off: the context of {chat.context:,} tokens is full; /reset begins anew")

@@ -7,11 +7,12 @@ from typing import Annotated, Any
 
 import typer
 
+from halfbyte.cli import options
 from halfbyte.cli.render import JsonFlag, parse_head_bits, print_json, print_table
 
 
 def command(
-    model: Annotated[str, typer.Argument(help="A folder, sample:NAME, or a hub name.")],
+    model: options.ModelArgument,
     data: Annotated[
         str,
         typer.Option(help="A UTF-8 text file, or builtin: the part of Python's prose never calibrated on."),
@@ -23,13 +24,12 @@ def command(
     new_tokens: Annotated[int, typer.Option(help="Tokens generated in the speed measurement.")] = 32,
     skip_perplexity: Annotated[bool, typer.Option("--skip-perplexity", help="Measure speed alone.")] = False,
     skip_speed: Annotated[bool, typer.Option("--skip-speed", help="Measure perplexity alone.")] = False,
-    device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")] = "auto",
-    backend: Annotated[
-        str, typer.Option(help="auto, decoder, transformers, or a kernel of `halfbyte backends`.")
-    ] = "auto",
-    compute: Annotated[str, typer.Option(help="Activations of the decoder: a8 (8 bits), a16, or auto.")] = "auto",
-    head_bits: Annotated[str, typer.Option(help="Output head of the decoder: 16, 8, 6, 4, or auto.")] = "auto",
-    cache: Annotated[str, typer.Option(help="Keys and values of the decoder: fp16, int8, or auto.")] = "auto",
+    device: options.Device = "auto",
+    backend: options.Backend = "auto",
+    compute: options.Compute = "auto",
+    head_bits: options.HeadBits = "auto",
+    cache: options.Cache = "auto",
+    threads: options.Threads = None,
     json: JsonFlag = False,
 ) -> None:
     """Measure perplexity on a text, and tokens per second for prefill and decoding.
@@ -44,7 +44,7 @@ def command(
     from halfbyte.generation.model import load
 
     bits = parse_head_bits(head_bits)
-    loaded = load(model, device=device, backend=backend, compute=compute, head_bits=bits, cache=cache)
+    loaded = load(model, device=device, backend=backend, compute=compute, head_bits=bits, cache=cache, threads=threads)
     result: dict[str, Any] = {
         "model": model,
         "engine": loaded.engine.name,

@@ -38,6 +38,7 @@ def command(
     compute: options.Compute = "auto",
     head_bits: options.HeadBits = "auto",
     cache: options.Cache = "auto",
+    threads: options.Threads = None,
     json: JsonFlag = False,
 ) -> None:
     """Generate text, streamed as it comes.
@@ -56,7 +57,7 @@ def command(
     length = parse_draft_length(draft_length)
     text = decode_input(sys.stdin.buffer.read()) if prompt == "-" else prompt
     bits = parse_head_bits(head_bits)
-    loaded = load(model, device=device, backend=backend, compute=compute, head_bits=bits, cache=cache)
+    loaded = load(model, device=device, backend=backend, compute=compute, head_bits=bits, cache=cache, threads=threads)
     pieces = loaded.generate(
         [{"role": "user", "content": text}] if chat else text,
         max_new_tokens=max_new_tokens,

@@ -37,3 +37,7 @@ Backend = Annotated[str, typer.Option(help="auto, decoder, transformers, or a ke
 Compute = Annotated[str, typer.Option(help="Activations of the decoder: a8 (8 bits), a16, or auto.")]
 HeadBits = Annotated[str, typer.Option(help="Output head of the decoder: 16, 8, 6, 4, or auto.")]
 Cache = Annotated[str, typer.Option(help="Keys and values of the decoder: fp16, int8, or auto.")]
+Threads = Annotated[
+    int | None,
+    typer.Option(help="Threads to compute with; the physical cores, or HALFBYTE_THREADS, if not given."),
+]

@@ -82,17 +82,42 @@ def _tier(forced: str | None) -> str:
     return forced
 
 
-def thread_count() -> int:
-    """`HALFBYTE_THREADS` if set, else `usable_cores`.
+MOST_THREADS = 1024
+# What `use_threads` was told last.
+_chosen: int | None = None
+
+
+def use_threads(count: int) -> None:
+    """Let this process compute with so many threads from now on, the native core and torch.
 
     Raises:
-        ConfigError: `HALFBYTE_THREADS` is no positive number.
+        ConfigError: not from 1 to 1,024.
     """
+    import torch
+
+    from halfbyte import _native
+
+    global _chosen
+    if not 1 <= count <= MOST_THREADS:
+        raise ConfigError(f"threads: expected 1 to {MOST_THREADS}, got {count}")
+    _chosen = count
+    _native.set_threads(count)
+    torch.set_num_threads(count)
+
+
+def thread_count() -> int:
+    """What `use_threads` was told, else `HALFBYTE_THREADS` if set, else `usable_cores`.
+
+    Raises:
+        ConfigError: `HALFBYTE_THREADS` is no number from 1 to 1,024.
+    """
+    if _chosen is not None:
+        return _chosen
     forced = os.environ.get("HALFBYTE_THREADS")
     if not forced:
         return usable_cores()
-    if not forced.isdecimal() or not 1 <= int(forced) <= 1024:
-        raise ConfigError(f"HALFBYTE_THREADS={forced}: expected a number from 1 to 1024")
+    if not forced.isdecimal() or not 1 <= int(forced) <= MOST_THREADS:
+        raise ConfigError(f"HALFBYTE_THREADS={forced}: expected a number from 1 to {MOST_THREADS}")
     return int(forced)
 
 

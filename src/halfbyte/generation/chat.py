@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Generator, Sequence
+from pathlib import Path
 from typing import Literal, overload
 
 from halfbyte.errors import ConfigError, UnsupportedError
+from halfbyte.generation.draft_length import DraftLength
+from halfbyte.generation.drafting import Drafter
 from halfbyte.generation.loop import Generation, TextStream, stream_text
 from halfbyte.generation.model import Model
+from halfbyte.generation.speculation import SpeculativeLoop
 from halfbyte.generation.text import parse_stop
-from halfbyte.runtime.engine import Session
+from halfbyte.runtime.engine import SequentialBatch, Session
 from halfbyte.sampling.filters import SamplingParameters
 from halfbyte.sampling.sampler import sequence_generator
 
@@ -44,6 +48,8 @@ class Chat:
         stop: str | Sequence[str] | None = None,
         seed: int | None = None,
         context: int | None = None,
+        draft: str | Path | None = None,
+        draft_length: int | Literal["auto"] = "auto",
     ):
         """Begin a conversation.
 
@@ -59,9 +65,12 @@ class Chat:
             stop: strings before which an answer ends.
             seed: makes the conversation repeatable; None draws a fresh one.
             context: tokens of the conversation at most; None for what the model's config says.
+            draft: what proposes tokens; see `Model.generate`. It keeps its cache from turn to turn, too.
+            draft_length: tokens to propose at a time; "auto" for as many as pay.
 
         Raises:
             ConfigError: a tokenizer without a template, or a parameter out of range.
+            HalfbyteError: a draft the model cannot have.
         """
         if model.tokenizer.chat_template is None:
             raise ConfigError(
@@ -77,6 +86,7 @@ class Chat:
         self._parameters = SamplingParameters(temperature, top_k, top_p, min_p, repetition_penalty)
         self._stop = parse_stop(stop)
         self._seed = seed
+        self._draft, self._draft_length = draft, draft_length
         self._session: Session | None = None
         self._ids: list[int] = []  # given to the session, in order, possibly with some it did not get to
         self.reset()
@@ -86,6 +96,11 @@ class Chat:
         self.messages = list(self._opening)
         self.reused = 0
         self._generator = sequence_generator(self._seed)
+        self._drafting: tuple[Drafter, DraftLength] | None = None
+        if self._draft is not None:
+            # What was learned about drafts goes, too: with a seed it decides what is drawn.
+            clocked = self._parameters.temperature == 0 or self._seed is None
+            self._drafting = self.model.drafting(self._draft, self._draft_length, clocked=clocked)
 
     @overload
     def send(self, text: str, *, stream: Literal[False] = ...) -> str: ...
@@ -130,7 +145,10 @@ class Chat:
             cached=self.reused,
         )
         try:
-            return (yield from stream_text(session, continuation))
+            if self._drafting is None:
+                return (yield from stream_text(session, continuation))
+            loop = SpeculativeLoop(SequentialBatch([session]), *self._drafting, room=self.context)
+            return (yield from loop.stream(continuation))
         finally:
             self._ids = [*ids, *continuation.token_ids]
             if continuation.text or continuation.finish_reason is not None:

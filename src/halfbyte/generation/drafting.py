@@ -8,6 +8,7 @@ from typing import Protocol
 
 import torch
 
+from halfbyte.errors import UnsupportedError
 from halfbyte.generation.suffix_automaton import SuffixAutomaton
 from halfbyte.runtime.engine import Engine
 from halfbyte.sampling.rejection import draw_with_probabilities
@@ -73,16 +74,37 @@ class ModelDrafter:
         """
         self.name, self.engine = name, engine
         self._vocabulary = vocabulary
+        self._ids: list[list[int]] = []
+        self._room = 0
+        self._sound = False  # whether the engine has what `_cached` says: not if a step was interrupted
 
     def begin(self, prompts: Sequence[Sequence[int]], room: int) -> None:
-        """See `Drafter`."""
-        self._ids = [list(prompt) for prompt in prompts]
-        self._cached = [0] * len(prompts)  # tokens the engine has of each sequence; all are right
-        self._batch = self.engine.batch(len(prompts), room)
+        """See `Drafter`; what one sequence has in common with the one before it is not computed again."""
+        if not self._goes_back_to(prompts, room):
+            self._cached = [0] * len(prompts)  # tokens the engine has of each sequence; all are right
+            self._batch = self.engine.batch(len(prompts), room)
+        self._ids, self._room = [list(prompt) for prompt in prompts], room
         # Now rather than in the first draft, whose time tells what a draft costs. The last token can wait.
-        if any(len(ids) > 1 for ids in self._ids):
-            self._batch.step([ids[:-1] for ids in self._ids])
+        missing = [ids[cached:-1] for ids, cached in zip(self._ids, self._cached, strict=True)]
+        if any(missing):
+            self._sound = False
+            self._batch.step(missing)
             self._cached = [len(ids) - 1 for ids in self._ids]
+        self._sound = True
+
+    def _goes_back_to(self, prompts: Sequence[Sequence[int]], room: int) -> bool:
+        """Whether the one sequence of before could be rolled back to what it shares with a prompt."""
+        if not self._sound or len(prompts) != 1 or len(self._ids) != 1 or room != self._room:
+            return False
+        known = self._ids[0][: self._cached[0]]
+        pairs = zip(known, prompts[0][:-1], strict=False)
+        common = next((n for n, (old, new) in enumerate(pairs) if old != new), min(len(known), len(prompts[0]) - 1))
+        try:
+            self._batch.rollback(0, self._cached[0] - common)
+        except UnsupportedError:
+            return False
+        self._cached = [common]
+        return True
 
     def kinds(self, sequences: Sequence[int]) -> list[int]:
         """See `Drafter`; all are of one kind."""
@@ -96,6 +118,7 @@ class ModelDrafter:
                 drafts[i].probabilities = torch.empty(length, self._vocabulary)
         ahead = {i: samplers[i].ahead() for i in lengths}
         pending = {i: self._ids[i][self._cached[i] :] for i in lengths}
+        self._sound = False
         while pending:
             rows = self._batch.step([pending.get(i, []) for i in range(len(self._ids))])
             following = {}
@@ -106,6 +129,7 @@ class ModelDrafter:
                     following[i] = [token]
             pending = following
         self._drafted = {i: drafts[i].token_ids for i in lengths}
+        self._sound = True
         return drafts
 
     def _draw(self, draft: Draft, logits: torch.Tensor, sampler: Sampler) -> int:

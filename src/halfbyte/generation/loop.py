@@ -57,6 +57,7 @@ class Continuation:
     """One sequence that is being continued: chooses its tokens, keeps its text, and knows when it has ended.
 
     Attributes:
+        prompt: token ids it began with.
         pending: token ids the engine is to be given next.
         token_ids: those generated.
         text: of these, as far as it is certain.
@@ -86,10 +87,11 @@ class Continuation:
             stop: strings to end before.
             cached: tokens of the prompt that the engine has had already, fewer than there are.
         """
-        self.pending = list(prompt[cached:])
+        self.prompt = list(prompt)
+        self.pending = self.prompt[cached:]
         self.token_ids: list[int] = []
         self.finish_reason: FinishReason | None = None
-        self._prompt_tokens, self._max_new_tokens = len(prompt), max_new_tokens
+        self._max_new_tokens = max_new_tokens
         self.sampler, self._stop_ids = sampler, stop_ids
         self._detokenizer, self._stops = Detokenizer(decode), StopStrings(stop)
         self.text = ""
@@ -139,7 +141,7 @@ class Continuation:
             self.text,
             tuple(self.token_ids),
             self.finish_reason,
-            self._prompt_tokens,
+            len(self.prompt),
             self._first - self._started,
             self._last - self._first,
         )

@@ -11,6 +11,7 @@ from typing import Any, Literal, TypedDict, Unpack, overload
 import torch
 
 from halfbyte.architectures.tokenizer import load_tokenizer
+from halfbyte.device.cpu import use_threads
 from halfbyte.errors import ConfigError, UnsupportedError
 from halfbyte.generation.draft_length import DraftLength
 from halfbyte.generation.draft_sources import draft_cost, make_drafter
@@ -53,6 +54,7 @@ def load(
     compute: str = "auto",
     head_bits: int | Literal["auto"] = "auto",
     cache: str = "auto",
+    threads: int | None = None,
     fuse_layers: bool = False,
     modules_to_fuse: ModulesToFuse | None = None,
     fuse_max_seq_len: int | None = None,
@@ -71,6 +73,8 @@ def load(
         compute: in the decoder, activations that meet codes are in 8 bits ("a8") or in fp32 ("a16"); "auto" for a8.
         head_bits: of the output head in the decoder: 16, 8, 6 or 4; "auto" for 8 if the model is quantized, else 16.
         cache: in the decoder, keys and values are kept in "fp16" or "int8"; "auto" for fp16.
+        threads: this process computes with from now on, whatever model; None for `HALFBYTE_THREADS` or the physical
+            cores it may use.
         fuse_layers: inside transformers, let quantized linears that share an input be one product and RMSNorms one
             call; `Model.fused` says what was done. The decoder fuses everything, asked or not.
         modules_to_fuse: what `fuse_layers` may touch, out of "attention", "mlp" and "layernorm": a list of these, or
@@ -86,6 +90,8 @@ def load(
     Raises:
         HalfbyteError: nothing there, a broken checkpoint, or a backend this machine lacks or that cannot run the model.
     """
+    if threads is not None:
+        use_threads(threads)
     loaded = load_model(
         model_folder(path),
         device=device,
@@ -298,7 +304,8 @@ class Model:
         ]
         room = max(len(one.pending) for one in begun) + max_new_tokens
         if draft is not None:
-            loop = self._speculation(draft, draft_length, begun, room, clocked=temperature == 0 or seed is None)
+            drafter, length = self.drafting(draft, draft_length, clocked=temperature == 0 or seed is None)
+            loop = SpeculativeLoop(self.engine.batch(len(begun), room), drafter, length, room=room)
             if stream:
                 return TextStream(loop.stream(begun[0]))
             results = loop.continue_together(begun)
@@ -310,16 +317,20 @@ class Model:
             return results if return_details else [result.text for result in results]
         return results[0] if return_details else results[0].text
 
-    def _speculation(
-        self,
-        draft: str | Path,
-        draft_length: int | Literal["auto"],
-        continuations: Sequence[Continuation],
-        room: int,
-        *,
-        clocked: bool,
-    ) -> SpeculativeLoop:
-        """A loop over sequences that have begun; see `DraftLength` for `clocked`."""
+    def drafting(
+        self, draft: str | Path, draft_length: int | Literal["auto"] = "auto", *, clocked: bool = True
+    ) -> tuple[Drafter, DraftLength]:
+        """A drafter, and how many tokens it is asked for: what a `SpeculativeLoop` over this model takes.
+
+        Args:
+            draft: see `make_drafter`; what it loads is loaded once.
+            draft_length: see `generate`.
+            clocked: see `DraftLength`.
+
+        Raises:
+            ConfigError: a draft length out of range.
+            HalfbyteError: a draft the model cannot have.
+        """
         fixed = draft_length != "auto"
         longest = LONGEST_DRAFT if draft_length == "auto" else draft_length
         if not isinstance(longest, int) or not 1 <= longest <= LONGEST_DRAFT:
@@ -334,7 +345,7 @@ class Model:
             draft_cost=draft_cost(self.engine, drafter),
             gives_up=drafter.costs,
         )
-        return SpeculativeLoop(self.engine.batch(len(continuations), room), drafter, length, room=room)
+        return drafter, length
 
     def continuation(
         self,

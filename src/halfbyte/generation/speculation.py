@@ -119,10 +119,9 @@ class SpeculativeLoop:
         """Continue all; (sequence, text that is certain now) as it comes, never empty."""
         for one in continuations:
             one.start()
-        prompts = [one.pending for one in continuations]
-        rows = self._batch.step(prompts)
+        rows = self._batch.step([one.pending for one in continuations])
         start = time.perf_counter()
-        self._drafter.begin(prompts, self._room)
+        self._drafter.begin([one.prompt for one in continuations], self._room)
         self.counters.draft_seconds += time.perf_counter() - start
         for i, (one, logits) in enumerate(zip(continuations, rows, strict=True)):
             yield from self._emit(i, one, [one.sampler.choose(logits)])
