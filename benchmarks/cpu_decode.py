@@ -76,13 +76,17 @@ def make(output: Path, command: Sequence[str | Path]) -> Path:
 
 def ours(options: argparse.Namespace, model: Path, folder: Path) -> dict[str, list[str | Path]]:
     """Name → command of halfbyte's contestants."""
-    quantized = options.int4 or make(
-        folder / "int4",
-        [
-            *(sys.executable, "-m", "halfbyte", "quantize", model, "-o", folder / "int4"),
-            *("--method", options.method, "--group-size", str(GROUP_SIZE)),
-            *("--calibration", options.data / "c4_calibration_sample.txt"),
-        ],
+    quantized = (
+        resolve_model(options.int4)
+        if options.int4
+        else make(
+            folder / "int4",
+            [
+                *(sys.executable, "-m", "halfbyte", "quantize", model, "-o", folder / "int4"),
+                *("--method", options.method, "--group-size", str(GROUP_SIZE)),
+                *("--calibration", options.data / "c4_calibration_sample.txt"),
+            ],
+        )
     )
     driver = PEERS / "run_halfbyte.py"
     commands = {"halfbyte bf16": [sys.executable, driver, model], OURS: [sys.executable, driver, quantized]}
@@ -257,7 +261,7 @@ def parse_options() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", type=Path, required=True)
     parser.add_argument("--model", default="sample:smollm2-135m", help="a Llama; llama.cpp's file is made from it")
-    parser.add_argument("--int4", type=Path, help="a 4-bit checkpoint of it; made with --method otherwise")
+    parser.add_argument("--int4", help="a 4-bit checkpoint of it; made with --method otherwise")
     parser.add_argument("--method", default="awq")
     parser.add_argument("--llama-cpp", default=sys.executable, help="an interpreter that has llama-cpp-python")
     parser.add_argument("--llama-kinds", nargs="*", choices=LLAMA_KINDS, default=LLAMA_KINDS)
