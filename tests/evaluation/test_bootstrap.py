@@ -9,22 +9,23 @@ import pytest
 
 from halfbyte.evaluation.bootstrap import MIN_WINDOWS, bootstrap_mean
 
-WINDOWS, TRIALS = 16, 300
+WINDOWS = 16
 
 
-def paired_losses(effect: float, seed: int) -> np.ndarray:
+def paired_losses(effect: float, seed: int, windows: int = WINDOWS) -> np.ndarray:
     """Differences of two models over windows, with heavier tails than a normal distribution's."""
-    return effect + 0.02 * np.random.default_rng(seed).standard_t(5, size=WINDOWS)
+    return effect + 0.02 * np.random.default_rng(seed).standard_t(5, size=windows)
 
 
-def test_noise_is_called_significant_as_seldom_as_promised() -> None:
-    found = [bootstrap_mean(paired_losses(0.0, n), [511] * WINDOWS, test=True, resamples=800) for n in range(TRIALS)]
+@pytest.mark.parametrize(("windows", "trials"), [(6, 600), (16, 300)])
+def test_noise_is_called_significant_as_seldom_as_promised(windows: int, trials: int) -> None:
+    noise = (paired_losses(0.0, n, windows) for n in range(trials))
+    found = [bootstrap_mean(losses, [511] * windows, test=True, resamples=800) for losses in noise]
     wrong = sum(estimate.p_value < 0.05 for estimate in found if estimate.p_value is not None)
     covered = sum(estimate.low <= 0 <= estimate.high for estimate in found if estimate.low is not None)  # type: ignore[operator]
-    # 5 % of 300, and four standard deviations.
-    assert wrong <= 15 + 4 * math.sqrt(300 * 0.05 * 0.95)
-    assert wrong > 0
-    assert covered + wrong == TRIALS
+    # Four standard deviations of the count.
+    assert 0 < wrong <= 0.05 * trials + 4 * math.sqrt(trials * 0.05 * 0.95)
+    assert covered + wrong == trials
 
 
 def test_a_difference_is_found_nearly_always() -> None:

@@ -55,6 +55,7 @@ def command(
     compute: options.Compute = "auto",
     head_bits: options.HeadBits = "auto",
     cache: options.Cache = "auto",
+    threads: options.Threads = None,
     json: JsonFlag = False,
 ) -> None:
     """Compare models side by side: size, perplexity, divergence from the first, speed, and a verdict for each pair.
@@ -82,6 +83,7 @@ def command(
         compute=compute,
         head_bits=bits,
         cache=cache,
+        threads=threads,
     )
     if output_json is not None:
         _write(output_json, comparison.to_dict())
