@@ -12,12 +12,14 @@ import torch
 
 import halfbyte
 from halfbyte import QuantConfig
-from halfbyte.analysis.layers import LayerError, layer_errors
+from halfbyte.analysis.layers import LayerError, layer_errors, measure_layer
 from halfbyte.analysis.pair import Pair
+from halfbyte.architectures.tokenizer import load_tokenizer
 from halfbyte.checkpoints.reader import Checkpoint
 from halfbyte.errors import CheckpointError, ConfigError, ModelNotFoundError
+from halfbyte.quantization.calibration import build_calibration_set
 from halfbyte.quantization.grid import Grid
-from tests.conftest import TEXT, make_llama
+from tests.conftest import TEXT, make_llama, make_tokenizer
 from tests.quantization.zoo import save
 
 # What `quantized_llama` was calibrated on, but for the length of its blocks.
@@ -117,8 +119,6 @@ def test_three_bits_lose_more_than_four(tiny_llama: Path, rounded: Path, tmp_pat
 
 def test_mixtures_of_experts(tmp_path: Path) -> None:
     """Experts that are one tensor in the reference and parted in the checkpoint, behind a router."""
-    from tests.conftest import make_tokenizer
-
     save("qwen3_moe", tmp_path / "model", make_tokenizer)
     halfbyte.quantize(tmp_path / "model", tmp_path / "out", **QUICK)
     found = by_name(layer_errors(tmp_path / "out", n_samples=4, **TOKENS).layers)
@@ -128,6 +128,31 @@ def test_mixtures_of_experts(tmp_path: Path) -> None:
     for layer in experts:
         if layer.output_error is not None:  # a token reached it
             assert layer.output_error == pytest.approx(layer.recorded_stored, rel=2e-3)
+
+
+@pytest.mark.parametrize(
+    ("name", "exact", "near"),
+    [
+        ("gemma", ("q_proj", "k_proj", "gate_proj"), ("o_proj", "down_proj")),  # norms of 1 + w
+        ("gpt2", ("mlp.c_fc",), ("attn.c_proj",)),  # weights lie transposed, v is part of a larger matrix
+        ("opt", ("q_proj", "k_proj"), ("out_proj", "fc2")),  # a fold through a ReLU
+    ],
+)
+def test_other_architectures(tmp_path: Path, name: str, exact: tuple[str, ...], near: tuple[str, ...]) -> None:
+    """Estimates are as good as there are weights in a row; of 64 their noise is seen where inputs hardly differ."""
+    save(name, tmp_path / "model", make_tokenizer)
+    halfbyte.quantize(tmp_path / "model", tmp_path / "out", **{**QUICK, "max_calib_seq_len": 128})
+    pair = Pair.open(tmp_path / "out")
+    tokens = build_calibration_set(
+        load_tokenizer(tmp_path / "model"), [TEXT], max_calib_samples=4, max_calib_seq_len=128, seed=0
+    )
+    assert tokens.sha256 == pair.manifest["calibration"]["sha256"]
+    found = [measure_layer(matrix) for matrix in pair.matrices(calibration=tokens, progress=False)]
+    for tolerance, kinds in ((1e-3, exact), (0.2, near)):
+        layers = [layer for layer in found if layer.name.endswith(kinds)]
+        assert len(layers) == 2 * len(kinds)
+        for layer in layers:
+            assert layer.output_error == pytest.approx(layer.recorded_stored, rel=tolerance), layer.name
 
 
 def test_a_checkpoint_made_by_others_is_read_without_a_manifest(

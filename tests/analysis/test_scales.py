@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
+from dataclasses import replace
 
 import pytest
 import torch
 from torch import nn
 
-from halfbyte.analysis.scales import Scaling, recover_scaling
+from halfbyte.analysis.scales import Scaling, Stored, recover_scaling
 from halfbyte.architectures.skeleton import weight_of
 from halfbyte.quantization.folding import Fold
 from halfbyte.quantization.grid import Grid
@@ -36,12 +37,12 @@ def log_uniform(count: int) -> torch.Tensor:
     return torch.exp(2 * torch.rand(count) - 1)
 
 
-def stored_by(block: nn.Module, rounded: set[str]) -> Callable[[str], torch.Tensor]:
+def stored_by(block: nn.Module, rounded: set[str]) -> Callable[[str], Stored]:
     """What a checkpoint of the block holds: codes for the names in `rounded`, everything else as it is."""
 
-    def stored(name: str) -> torch.Tensor:
+    def stored(name: str) -> Stored:
         weight = weight_of(block, name)
-        return GRID.quantize(weight).dequantize() if name in rounded else weight
+        return GRID.quantize(weight) if name in rounded else weight
 
     return stored
 
@@ -66,15 +67,30 @@ def test_behind_a_norm_the_scales_are_exact(folded: tuple[nn.Module, ...]) -> No
     assert torch.equal(found["gate"].rows, torch.ones(384))
 
 
-def test_between_matrices_the_scales_are_near(folded: tuple[nn.Module, ...]) -> None:
+def test_between_matrices_bounds_leave_little_open(folded: tuple[nn.Module, ...]) -> None:
     block, changed, folds, _, scales = folded  # type: ignore[misc]
     found = recover_scaling(block, folds, stored_by(changed, {"gate", "up", "down"}))
     assert torch.equal(found["up"].rows, found["down"].columns)
     off = found["down"].columns / scales - 1
-    print(off.abs().max(), off.square().mean().sqrt(), off.mean())
-    assert off.abs().max() < 0.03
-    assert off.square().mean().sqrt() < 0.008
-    assert off.mean().abs() < 0.001
+    assert off.square().mean().sqrt() < 0.002
+    assert off.abs().max() < 0.01
+
+
+def test_least_squares_where_rounding_was_not_to_nearest(folded: tuple[nn.Module, ...]) -> None:
+    """Codes moved at random contradict the bounds; the two slopes err by a percent each, but not together."""
+    block, changed, folds, _, scales = folded  # type: ignore[misc]
+
+    def stored(name: str) -> Stored:
+        weight = weight_of(changed, name)
+        if name == "norm":
+            return weight
+        tensor = GRID.quantize(weight)
+        moved = tensor.codes.int() + (torch.rand(tensor.codes.shape) < 0.1)
+        return replace(tensor, codes=moved.clamp(0, 15).to(torch.uint8))
+
+    off = recover_scaling(block, folds, stored)["down"].columns / scales - 1
+    assert 0.002 < off.square().mean().sqrt() < 0.02
+    assert off.mean().abs() < 0.002
 
 
 def test_a_side_in_16_bit_settles_the_scales(folded: tuple[nn.Module, ...]) -> None:

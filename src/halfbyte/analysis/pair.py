@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from halfbyte.analysis.scales import Scaling, recover_scaling
+from halfbyte.analysis.scales import Scaling, Stored, recover_scaling, step_sizes
 from halfbyte.architectures.matrices import quantizable_matrices
 from halfbyte.architectures.skeleton import build_skeleton, fill, find_decoder_blocks, release, weight_of
 from halfbyte.architectures.stored import ModelTensors, stored_tensors
@@ -95,12 +95,8 @@ class PairedMatrix:
 
     def steps(self) -> torch.Tensor:
         """The error of each code in steps of its grid, positive where it was rounded up: float32 [out, coded]."""
-        stored = self.stored
-        width = stored.scales[:, stored.column_groups]
-        if stored.input_scale is not None:
-            width = width * stored.input_scale
-        steps = (self.dequantized - self.folded) / width.clamp(min=torch.finfo(torch.float32).tiny)
-        return steps if len(self.coded) == stored.in_features else steps[:, self.coded]
+        steps = (self.dequantized - self.folded) / step_sizes(self.stored).clamp(min=torch.finfo(torch.float32).tiny)
+        return steps if len(self.coded) == self.stored.in_features else steps[:, self.coded]
 
     def codes(self) -> torch.Tensor:
         """uint8 [out, coded]."""
@@ -267,10 +263,10 @@ class Pair:
         labels = [f"{prefix}{name}" for name in fold.consumers if f"{prefix}{name}" in self.linears]
         return not labels or any(self._may_be_scaled(name) for name in labels)
 
-    def _stored(self, block: nn.Module, prefix: str, local: str) -> torch.Tensor | None:
+    def _stored(self, block: nn.Module, prefix: str, local: str) -> Stored | None:
         """A norm's or a matrix's weight in the checkpoint."""
         if prefix + local in self.linears:
-            return self._read(block, prefix + local, local).dequantize()
+            return self._read(block, prefix + local, local)
         names = [entry.name for entry in stored_tensors(block) if entry.parameter == f"{local}.weight"]
         name = prefix + (names[0] if names else f"{local}.weight")
         return self.checkpoint.read(name).float() if name in self.checkpoint else None
