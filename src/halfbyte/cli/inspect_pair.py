@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from math import fsum
 from pathlib import Path
 from statistics import fmean
@@ -58,7 +58,7 @@ def layers(
 
     Columns: signal-to-noise ratio of the weights and of the outputs over real activations, in dB, more is better; error
     of the outputs, E‖ΔW x‖² / E‖W x‖², after plain rounding, scaling, range search, and as it is stored, as the
-    manifest has it; what codes with a zero point gain over symmetric ones, in dB.
+    manifest has it; what codes with a zero point gain over symmetric ones, in dB (zero pt).
 
     Example: halfbyte inspect layers smollm2-4bit --sort zero-point --top 10
     """
@@ -84,30 +84,27 @@ def layers(
     if _written(found, csv, [record.to_dict() for record in found.layers], json):
         return
     stages = [
-        (title, name)
-        for title, name in (("rtn", "rtn"), ("scaled", "scaled"), ("ranged", "ranged"), ("stored", "stored"))
-        if any(getattr(record, f"recorded_{name}") is not None for record in found.layers)
+        stage
+        for stage in ("rtn", "scaled", "ranged", "stored")
+        if any(getattr(record, f"recorded_{stage}") is not None for record in found.layers)
     ]
-    columns = ["linear", "shape", "bits/group", "weights", "outputs", *(title for title, _ in stages), "zero point"]
     prefix = _prefix([record.name for record in found.layers])
     rows = [
         [
             record.name.removeprefix(prefix),
-            f"{record.out_features}×{record.in_features}",
-            f"{record.bits}/{record.group_size}",
             _db(record.weight_snr_db),
             _db(record.output_snr_db),
-            *(_percent(getattr(record, f"recorded_{name}")) for _, name in stages),
+            *(_percent(getattr(record, f"recorded_{stage}")) for stage in stages),
             _db(record.zero_point_gain_db),
         ]
         for record in _first(sorted(found.layers, key=order), top)
     ]
+    columns = ["linear", "weights", "outputs", *stages, "zero pt"]
     print_table(columns, rows, title=_title("SNR and gain in dB, error of the outputs in percent", prefix))
     _print_rest(found, top)
-    if layer is None:
-        _print_kinds(found)
+    _print_kinds(found)
     if stages:
-        print(f"{stages[0][0]} … {stages[-1][0]}: measured by `halfbyte quantize` over its own calibration text.")
+        print(f"{stages[0]} … {stages[-1]}: measured by `halfbyte quantize` over its own calibration text.")
     _print_calibration(found)
 
 
@@ -121,11 +118,23 @@ def _print_kinds(found: Analysis[LayerError]) -> None:
         values = [value for record in records if (value := getattr(record, name)) is not None]
         return _db(fmean(values) if values else None)
 
+    def same(values: Iterable[str]) -> str:
+        found = set(values)
+        return found.pop() if len(found) == 1 else "mixed"
+
     rows = [
-        [kind, len(records), *(mean(records, n) for n in ("weight_snr_db", "output_snr_db", "zero_point_gain_db"))]
+        [
+            kind,
+            len(records),
+            same(f"{record.out_features}×{record.in_features}" for record in records),
+            same(f"{record.bits}" for record in records),
+            same(f"{record.group_size}" for record in records),
+            *(mean(records, name) for name in ("weight_snr_db", "output_snr_db", "zero_point_gain_db")),
+        ]
         for kind, records in kinds.items()
     ]
-    print_table(["kind", "linears", "weights", "outputs", "zero point"], rows, title="Mean dB by kind")
+    columns = ["kind", "linears", "shape", "bits", "group", "weights", "outputs", "zero pt"]
+    print_table(columns, rows, title="Mean dB by kind")
 
 
 def rounding(
@@ -197,10 +206,9 @@ def channels(
 ) -> None:
     """Show the critical 1 % of the input channels, those with the largest activations, and what was done for them.
 
-    Columns: their share of E|x|; the size of their weights against all; the scale they have against all; their share
-    of the error under plain rounding, and as stored; what is left of their error, and of that of the other channels,
-    stored over plain rounding. With --layer, each critical channel of one linear; --csv and --json then hold every
-    channel.
+    Columns: their share of E|x|; size of their weights, and scale, over that of all; their share of the error of plain
+    rounding (rtn), and as stored; what is left of their error, and of that of the other channels, stored over rtn.
+    With --layer, each critical channel of one linear; --csv and --json then hold every channel.
 
     Example: halfbyte inspect channels smollm2-4bit --layer 0.mlp.down_proj
     """
@@ -222,21 +230,18 @@ def channels(
     rows = [
         [
             record.name.removeprefix(prefix),
-            f"{len(record.critical)} of {record.in_features}",
             _percent(record.activation_share),
-            f"{record.weight_ratio:.2f} ×",
-            f"{record.scale_ratio:.2f} ×",
+            f"{record.weight_ratio:.2f}",
+            f"{record.scale_ratio:.2f}",
             _percent(record.error_share_rtn),
             _percent(record.error_share),
-            f"{record.error_kept:.2g} ×",
-            f"{record.others_kept:.2g} ×",
+            f"{record.error_kept:.2g}",
+            f"{record.others_kept:.2g}",
         ]
         for record in _first(sorted(found.layers, key=order), top)
     ]
-    columns = [
-        "linear", "critical", "of E|x|", "weights", "scale", "error, rtn", "stored", "theirs left", "others left",
-    ]  # fmt: skip
-    print_table(columns, rows, title=_title("Critical channels", prefix))
+    columns = ["linear", "of E|x|", "weights ×", "scale ×", "rtn", "stored", "theirs ×", "others ×"]
+    print_table(columns, rows, title=_title("The critical 1 % of the channels", prefix))
     _print_rest(found, top)
     if layer is not None and found.layers[0].channels is not None:
         _print_channels(found.layers[0], found.layers[0].channels)
