@@ -4,9 +4,9 @@ Rounding to nearest makes errors spread evenly over half a step to either side: 
 square of 1/√12 = 0.289 steps. What lies further away was outside its group's range (its code is an end of the grid), or
 was moved by compensated rounding, which gives up being near for being right in sum.
 
-Where a scale between two matrices had to be estimated (`scales.py`), a weight is known to some thousandths of a step, or
-to some hundredths if rounding was compensated. Shares and means do not mind, but `exact` then says nothing, and what is
-far away is counted from a tenth of a step beyond the half.
+Where a scale between two matrices had to be estimated (`scales.py`), a weight is known to some thousandths of a step,
+or to some hundredths if rounding was compensated. Shares and means do not mind, but `exact` then says nothing, and what
+is far away is counted from a tenth of a step beyond the half.
 """
 
 from __future__ import annotations
