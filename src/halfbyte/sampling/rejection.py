@@ -89,7 +89,8 @@ def rejection_sample(
     if not batch:
         return draft_ids.new_empty(0, drafts + 1), draft_ids.new_empty(0)
     if uniforms is None:
-        uniforms = torch.rand((batch, drafts + 1), generator=generator, device=target_probs.device)
+        where = {} if target_probs.is_cpu else {"device": target_probs.device}
+        uniforms = torch.rand(batch, drafts + 1, generator=generator, **where)
     settings = None
     filtered = top_k is not None or top_p is not None or min_p is not None
     if filtered or isinstance(temperature, torch.Tensor) or temperature != 1:
@@ -98,7 +99,7 @@ def rejection_sample(
         RejectionInputs(
             draft_ids.contiguous(),
             None if draft_probs is None else draft_probs.contiguous(),
-            target_probs.float().contiguous(),
+            (target_probs if target_probs.dtype is torch.float32 else target_probs.float()).contiguous(),
             None if lengths is None else lengths.contiguous(),
             uniforms.contiguous(),
             logits,
