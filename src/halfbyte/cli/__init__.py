@@ -23,6 +23,7 @@ from halfbyte.cli import (
     models,
     profile,
     quantize,
+    report,
 )
 from halfbyte.cli.render import fail, interruptible
 from halfbyte.errors import HalfbyteError
@@ -46,6 +47,7 @@ app.add_typer(demo.app, name="demo")
 app.command("profile")(interruptible(profile.command))
 app.add_typer(models.app, name="models")
 app.add_typer(inspect.app, name="inspect")
+app.command("report")(interruptible(report.command))
 app.command("explain")(interruptible(explain.command))
 app.command("backends")(interruptible(backends.command))
 app.command("doctor")(interruptible(doctor.command))

@@ -10,6 +10,7 @@ import typer
 
 from halfbyte.cli import options
 from halfbyte.cli.render import JsonFlag, parse_head_bits, print_json, print_table
+from halfbyte.cli.report import check_outputs, print_written, write_outputs
 from halfbyte.errors import OutputError
 
 if TYPE_CHECKING:
@@ -50,6 +51,15 @@ def command(
         ),
     ] = False,
     output_json: Annotated[Path | None, typer.Option(help="Also write everything to this file.")] = None,
+    report: Annotated[
+        Path | None,
+        typer.Option(
+            help="Also write a page (.html) of every quantized model, layer by layer; takes a pass over each."
+        ),
+    ] = None,
+    output_dir: Annotated[
+        Path | None, typer.Option(help="Also write every table as CSV, every figure as PNG here; likewise.")
+    ] = None,
     device: options.Device = "auto",
     backend: options.Backend = "auto",
     compute: options.Compute = "auto",
@@ -68,6 +78,7 @@ def command(
     bits = parse_head_bits(head_bits)
     if output_json is not None:
         _check_writable(output_json)
+    check_outputs(report, output_dir, option="--report")
     from halfbyte.evaluation.compare import compare
 
     comparison = compare(
@@ -87,10 +98,17 @@ def command(
     )
     if output_json is not None:
         _write(output_json, comparison.to_dict())
-    if json:
-        print_json(comparison.to_dict())
-    else:
+    if not json:
         _print_comparison(comparison)
+    written: dict[str, Any] = {}
+    if report is not None or output_dir is not None:
+        from halfbyte.report.build import build_report
+
+        written = write_outputs(build_report(comparison=comparison, progress=not json), report, output_dir)
+    if json:
+        print_json({**comparison.to_dict(), **written})
+    elif written:
+        print_written(written)
 
 
 def _check_writable(path: Path) -> None:

@@ -142,7 +142,7 @@ def plot_layer_errors(
     need(errors, "errors")
     cells: dict[tuple[str, int], list[float]] = {}
     for name, value in errors.items():
-        kind, block = _place(name)
+        kind, block = place_of(name)
         cells.setdefault((kind, block), []).append(value)
     to_numbers([value for values in cells.values() for value in values], "errors")
     if logarithmic and min(min(values) for values in cells.values()) <= 0:
@@ -228,7 +228,7 @@ def _shares(given: Mapping[str, Any], edges: Sequence[float] | None, bins: int) 
     return {name: 100 * values / values.sum() for name, values in counts.items()}, at
 
 
-def _place(name: str) -> tuple[str, int]:
+def place_of(name: str) -> tuple[str, int]:
     """Kind and block of a linear: "model.layers.3.mlp.experts.5.up_proj" → "mlp.experts.*.up_proj", 3."""
     match = re.search(r"(?:^|\.)(\d+)\.(.+)$", name)
     if match is None:
