@@ -1,5 +1,5 @@
-// Inline SVG charts on a 460-wide canvas. Lines and bars differ in dashes and shapes, not only in colour.
-const WIDTH = 460;
+// Inline SVG charts on a 400-wide canvas. Lines and bars differ in dashes and shapes, not only in colour.
+const WIDTH = 400;
 const DASHES = ["", "7 4", "2 3", "9 3 2 3"];
 const colour = (index) => `var(--c${index % 8})`;
 
@@ -131,8 +131,8 @@ function columns({ title, note, values, names, xLabel, yLabel }) {
 // Level bars with their numbers; spreads: [low, high] drawn as whiskers.
 function bars({ title, note, values, names, spreads = [], text = num, best = null }) {
   const row = 26;
-  const label = Math.min(150, 14 + 6.6 * Math.max(...names.map((name) => name.length)));
-  const numbers = 78;
+  const label = Math.min(165, 14 + 6.6 * Math.max(...names.map((name) => name.length)));
+  const numbers = 66;
   const highest = Math.max(...known(values), ...known(spreads.flat()), 0) || 1;
   const at = (value) => label + (value / highest) * (WIDTH - label - numbers);
   const drawing = svg("svg", { viewBox: `0 0 ${WIDTH} ${values.length * row + 6}`, role: "img", "aria-label": title });

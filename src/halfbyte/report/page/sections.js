@@ -11,10 +11,10 @@ const called = (model) => (model.label ? `${model.label}: ${model.name}` : model
 function summary(data) {
   const tiles = [];
   const column = (title) => data.comparison && data.comparison.columns.find((one) => one.title === title);
-  const best = (one) => known(one.values).reduce((a, b) => (one.better === "lower" ? Math.min(a, b) : Math.max(a, b)));
   for (const [title, text, form] of [["compression", "smallest on disk, against A", times], ["perplexity", "lowest perplexity", fixed(2)], ["decode", "fastest decoding, tok/s", fixed(1)]]) {
     const one = column(title);
-    if (one) tiles.push(tile(form(best(one)), `${text} (${data.comparison.labels[one.values.indexOf(best(one))]})`));
+    const best = one ? bestOf(one) : null;
+    if (best !== null) tiles.push(tile(form(best), `${text} (${data.comparison.labels[one.values.indexOf(best)]})`));
   }
   for (const model of data.models) {
     const { manifest, columns: c } = model;
@@ -37,24 +37,30 @@ function summary(data) {
   return node;
 }
 
+// None where all are the same.
+function bestOf(one) {
+  const values = known(one.values);
+  const [low, high] = [Math.min(...values), Math.max(...values)];
+  return low < high ? (one.better === "lower" ? low : high) : null;
+}
+
 function comparison(found) {
   const rows = found.labels.map((label, index) => ({ label, name: found.names[index], engine: found.engines[index], index }));
   const measured = found.columns.map((one) => {
-    const values = known(one.values);
-    const best = values.length > 1 ? (one.better === "lower" ? Math.min(...values) : Math.max(...values)) : null;
+    const best = bestOf(one);
     const text = (value) => num(value, 4);
     return {
-      title: one.unit ? `${one.title}, ${one.unit}` : one.title, value: (row) => one.values[row.index], best: (row) => one.values[row.index] === best,
+      title: one.unit ? `${one.title}, ${one.unit}` : one.title, value: (row) => one.values[row.index], best: (row) => best !== null && one.values[row.index] === best,
       node: (row) => [text(one.values[row.index]), one.spreads[row.index] ? el("span", { class: "spread" }, one.spreads[row.index].map(text).join(" – ")) : null],
     };
   });
   const p = (value) => (value === null ? "–" : value < 0.001 ? "< 0.001" : num(value, 2));
   const change = (value) => (value === null ? "–" : `${value > 1 ? "+" : value < 1 ? "−" : ""}${fixed(2)(Math.abs(100 * (value - 1)))} %`);
   return section("comparison", "Comparison",
-    sortable({ caption: "Models; the best of each column is bold. Below perplexity and divergence: 95 % interval; below speeds: slowest and fastest round.", rows, columns: [{ title: "", value: (row) => row.label, word: true }, { title: "model", value: (row) => row.name, word: true }, ...measured] }),
+    sortable({ caption: "Models; the best of each column is bold. Below perplexity and divergence: 95 % interval; below speeds: slowest and fastest round.", rows, columns: [{ title: "label", value: (row) => row.label, word: true, short: true }, { title: "model", value: (row) => row.name, word: true }, ...measured] }),
     el("div", { class: "charts" }, found.columns.filter((one) => known(one.values).length > 1).map((one) => bars({
       title: one.unit ? `${one.title}, ${one.unit}` : one.title, note: `${one.better} is better`, values: one.values, names: found.labels.map((label, index) => `${label}: ${found.names[index]}`),
-      spreads: one.spreads, text: (value) => num(value, 4), best: one.better === "lower" ? Math.min(...known(one.values)) : Math.max(...known(one.values)),
+      spreads: one.spreads, text: (value) => num(value, 4), best: bestOf(one),
     }))),
     el("h3", {}, "Pairs"),
     sortable({ caption: "The first of each pair against the second; p of equal perplexity, not corrected for several pairs", rows: found.pairs, columns: [

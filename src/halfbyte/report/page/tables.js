@@ -1,4 +1,5 @@
-// A table whose heads sort it. Columns: title, value(row) to sort by, text(row) or node(row) to show, word for text.
+// A table whose heads sort it. Columns: title, value(row) to sort by, text(row) or node(row) to show, word for text, short for a
+// word that needs no room.
 function sortable({ caption, columns, rows, sorted, tall }) {
   const body = el("tbody");
   const heads = columns.map((column, index) => {
@@ -10,7 +11,7 @@ function sortable({ caption, columns, rows, sorted, tall }) {
   let up = true;
 
   function cell(column, row) {
-    const attributes = { class: [column.word ? "word name" : "", column.best && column.best(row) ? "best" : ""].join(" ").trim() || null };
+    const attributes = { class: [column.word ? (column.short ? "word" : "word name") : "", column.best && column.best(row) ? "best" : ""].join(" ").trim() || null };
     return el("td", attributes, column.node ? column.node(row) : column.text ? column.text(row) : String(column.value(row) ?? "–"));
   }
 
