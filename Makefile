@@ -8,11 +8,13 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 NATIVE := CMakeLists.txt pyproject.toml $(shell find native -type f)
 
-.PHONY: help demo test test-slow lint bench clean
+.PHONY: help demo test test-slow test-docs docs lint bench clean
 help:
 	@echo "make demo        install, quantize the sample model to 4 bits, compare it with the original"
 	@echo "make test        every test not marked slow, gpu or interop"
 	@echo "make test-slow   the tests that take minutes: kills at random moments, a Ray cluster"
+	@echo "make docs        the site of docs/ in build/site"
+	@echo "make test-docs   run every command of docs/ that needs no GPU, no hub and no installation"
 	@echo "make lint        ruff, mypy --strict, import contracts"
 	@echo "make bench       the benchmarks of README.md; DATA=folder with the WikiText-2 and C4 texts, PEERS=other engines"
 	@echo "make clean       remove .venv and build products (the model cache stays)"
@@ -39,6 +41,17 @@ test: $(VENV)/.dev
 
 test-slow: $(VENV)/.dev
 	$(BIN)/python -m pytest -m "slow and not gpu and not interop"
+
+$(VENV)/.docs: $(VENV)/.halfbyte
+	$(PIP) install --progress-bar on --editable ".[docs]"
+	@touch $@
+
+# The lessons are run while it is built: minutes, and the sample model.
+docs: $(VENV)/.docs
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build
+
+test-docs: $(VENV)/.dev
+	$(BIN)/python -m pytest tests/docs -m "slow or not slow"
 
 lint: $(VENV)/.dev
 	$(BIN)/ruff check .
