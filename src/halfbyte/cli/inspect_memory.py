@@ -48,11 +48,11 @@ def _print(found: MemoryMap) -> None:
         if entry.kind == found.entries[0].kind:
             rows += [_row(part, found, indent="  ") for part in found.parts]
     rows.append(_row(found.total, found))
-    columns = ["", "weights", "on disk", "bits a weight", "at run time", "in 16 bits"]
+    columns = ["", "weights", "on disk", "bits each", "held", "in 16 bits"]
     print_table(columns, rows)
     if found.engine is not None:
         how = "" if found.head_bits is None else f", output head in {found.head_bits} bits"
-        print(f"At run time: the {found.engine}{how}, before any text.")
+        print(f"Held: at run time by the {found.engine}{how}, before any text.")
     if found.cache_bytes_per_token is not None:
         print(f"Keys and values take {found.cache_bytes_per_token / 1e3:,.1f} kB more for each token of context.")
     total = found.total
@@ -65,7 +65,7 @@ def _row(entry: MemoryEntry, found: MemoryMap, indent: str = "") -> list[str]:
     numbers = [megabytes(n) if n is not None else "" for n in (entry.run_time_bytes, entry.half_bytes)]
     per_weight = entry.weights or (found.entries[0].weights if indent else 0)
     bits = f"{8 * entry.disk_bytes / per_weight:.3f}" if per_weight else ""
-    weights = f"{entry.weights:,}" if entry.weights else ""
+    weights = f"{entry.weights / 1e6:,.2f} M" if entry.weights else ""
     if not entry.weights and not indent and entry.run_time_bytes is not None:  # a head that is the embedding on disk
         return [f"{entry.kind}, tied", "", "-", "", numbers[0], "-"]
     return [indent + entry.kind, weights, megabytes(entry.disk_bytes), bits, *numbers]

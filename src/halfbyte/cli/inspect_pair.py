@@ -172,16 +172,15 @@ def rounding(
     rows = [
         [
             name,
-            f"{record.weights:,}",
-            *(_percent(getattr(record, key)) for key in ("up", "down", "exact")),
+            *(f"{100 * getattr(record, key):.2f}" for key in ("up", "down", "exact")),
             f"{record.bias:+.4f}",
             f"{record.rms:.3f}",
-            *(_percent(getattr(record, key)) for key in ("clipped", "moved")),
+            *(f"{100 * getattr(record, key):.2f}" for key in ("clipped", "moved")),
         ]
         for name, record in shown
     ]
-    columns = ["linear", "weights", "up", "down", "exact", "bias", "rms", "clipped", "moved"]
-    print_table(columns, rows, title=_title("Rounding, in steps between two codes", prefix))
+    columns = ["linear", "up", "down", "exact", "bias", "rms", "clipped", "moved"]
+    print_table(columns, rows, title=_title("Shares in percent, bias and rms in steps", prefix))
     _print_rest(found, top)
     total = sum(record.weights for record in found.layers)
 
@@ -392,4 +391,6 @@ def _db(value: float | None) -> str:
 def _percent(value: float | None) -> str:
     if value is None:
         return "-"
+    if 0 < value < 5e-5:
+        return "<0.01%"
     return f"{value:.2%}" if value < 0.1 else f"{value:.1%}"
