@@ -3,10 +3,8 @@ const STAGES = [["recorded_rtn", "plain rounding"], ["recorded_scaled", "after s
 
 function panel(model) {
   const dialog = document.getElementById("panel");
-  let back = null;
 
   function open(members, index = members[0]) {
-    if (!dialog.open) back = document.activeElement;
     dialog.replaceChildren(...contents(members, index));
     if (!dialog.open) dialog.showModal();
     dialog.scrollTop = 0;
@@ -14,7 +12,8 @@ function panel(model) {
   }
 
   dialog.onclick = (event) => { if (event.target === dialog && event.clientX < dialog.getBoundingClientRect().left) dialog.close(); };
-  dialog.onclose = () => { dialog.replaceChildren(); if (back && back.isConnected) back.focus(); };
+  // The focus goes back to where it was by itself.
+  dialog.onclose = () => dialog.replaceChildren();
 
   function contents(members, index) {
     const get = (name) => model.columns[name][index];
