@@ -21,6 +21,8 @@ if TYPE_CHECKING:
     from halfbyte.quantization.config import QuantConfig
     from halfbyte.quantization.pipeline import quantize
     from halfbyte.quantization.report import QuantizationReport
+    from halfbyte.report.build import build_report
+    from halfbyte.report.html_report import Report
     from halfbyte.sampling.rejection import rejection_sample
     from halfbyte.tensor import QuantizedTensor
 
@@ -36,6 +38,8 @@ _HOMES = {
     "QuantConfig": "halfbyte.quantization.config",
     "QuantizationReport": "halfbyte.quantization.report",
     "QuantizedTensor": "halfbyte.tensor",
+    "Report": "halfbyte.report.html_report",
+    "build_report": "halfbyte.report.build",
     "compare": "halfbyte.evaluation.compare",
     "load": "halfbyte.generation.model",
     "perplexity": "halfbyte.evaluation.perplexity",
@@ -54,6 +58,8 @@ __all__ = [
     "QuantConfig",
     "QuantizationReport",
     "QuantizedTensor",
+    "Report",
+    "build_report",
     "compare",
     "load",
     "perplexity",

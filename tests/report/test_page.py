@@ -233,3 +233,27 @@ def test_parts_that_are_missing_leave_no_gap(browser: Any, tmp_path: Path) -> No
     open_report(browser, build_report(profile=documents.profile()), tmp_path)
     assert [node.text for node in browser.find_elements(By.CSS_SELECTOR, "h2")] == ["Profile and roofline"]
     assert_quiet(browser)
+
+
+def test_of_a_thousand_experts_the_first_are_shown(browser: Any, report: Report, tmp_path: Path) -> None:
+    """1,400 linears, a hundred to each cell: the table is cut off behind the order, the panel offers all of a cell."""
+    data = copy.deepcopy(report.data)
+    (model,) = data["models"]
+    model["columns"] = {key: values * 100 for key, values in model["columns"].items()}
+    model["columns"]["output_error"] = [n / 1400 for n in range(1, 1401)]
+    model["columns"]["name"] = [f"{name}.{n}" for n, name in enumerate(model["columns"]["name"])]
+    model["details"] = model["details"] + [None] * 1386
+    open_report(browser, Report("experts", data), tmp_path)
+    rows = browser.find_elements(By.CSS_SELECTOR, "#layers .tall tbody tr")
+    assert len(rows) == 1000
+    assert rows[0].text.startswith(model["columns"]["name"][1399])
+    assert "the first 1000" in find(browser, "#layers .tall caption").text
+    cell = browser.find_elements(By.CSS_SELECTOR, "[role=gridcell]")[0]
+    assert cell.get_attribute("aria-label").endswith("(mean of 100)")
+    cell.click()
+    options = browser.find_elements(By.CSS_SELECTOR, "#panel select option")
+    assert len(options) == 100
+    options[99].click()
+    assert find(browser, "#panel-title").text == model["columns"]["name"][1386]
+    assert "Histograms and curves are kept of the linears" in find(browser, "#panel").text
+    assert_quiet(browser)

@@ -116,6 +116,9 @@ def _examine_sides(comparison: Comparison, settings: dict[str, Any]) -> tuple[li
     for side in comparison.sides:
         if not side.quantized:
             continue
+        if side.disk_bytes is None:
+            notes.append(f"{side.label} was quantized while it was loaded: there is no checkpoint to examine.")
+            continue
         try:
             found = _examine(side.label, side.folder, None, settings)
         except HalfbyteError as error:

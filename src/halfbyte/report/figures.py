@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from halfbyte.checkpoints.disk import replacing, writes_explained
-from halfbyte.report.html_report import Report, rounded
+from halfbyte.report.html_report import Report
 from halfbyte.report.profile import check_folder
 from halfbyte.report.speed_plots import (
     plot_acceptance,
@@ -56,7 +56,7 @@ def write_tables(report: Report, folder: str | Path) -> list[Path]:
         written.append(path)
     path = folder / "report.json"
     with replacing(path) as partial:
-        partial.write_text(json.dumps(rounded(report.to_dict()), indent=1) + "\n", encoding="utf-8")
+        partial.write_text(json.dumps(report.to_dict(), indent=1) + "\n", encoding="utf-8")
     return [*written, path]
 
 

@@ -32,8 +32,9 @@ class Report:
     data: dict[str, Any]
 
     def to_dict(self) -> dict[str, Any]:
-        """JSON-ready."""
-        return {"title": self.title, **self.data}
+        """JSON-ready: floats have a few digits, and those that are not finite are None."""
+        cleaned: dict[str, Any] = rounded({"title": self.title, **self.data})
+        return cleaned
 
     def to_html(self) -> str:
         """The page, which loads nothing; its policy forbids it to."""
@@ -78,7 +79,7 @@ class Report:
 
 def embed(value: Any) -> str:
     """JSON that can stand in a script element: no markup, no end of the element, whatever strings it holds."""
-    text = json.dumps(rounded(value), ensure_ascii=True, allow_nan=False, separators=(",", ":"))
+    text = json.dumps(value, ensure_ascii=True, allow_nan=False, separators=(",", ":"))
     return text.replace("&", "\\u0026").replace("<", "\\u003c").replace(">", "\\u003e")
 
 
