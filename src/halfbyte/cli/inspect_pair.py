@@ -150,7 +150,7 @@ def rounding(
 
     Columns: share of the weights whose code stands for more (up), for less (down) or for the weight itself (exact);
     mean error (bias) and its root mean square, 0.289 for even rounding to nearest; share further away than 0.6 steps,
-    because the range was narrowed (clipped) or because compensated rounding moved it (moved).
+    because the range was narrowed (clip) or because compensated rounding moved it (moved).
 
     Example: halfbyte inspect rounding smollm2-4bit --csv rounding.csv
     """
@@ -172,14 +172,15 @@ def rounding(
     rows = [
         [
             name,
-            *(f"{100 * getattr(record, key):.2f}" for key in ("up", "down", "exact")),
+            *(f"{100 * getattr(record, key):.1f}" for key in ("up", "down")),
+            f"{100 * record.exact:.2f}",
             f"{record.bias:+.4f}",
             f"{record.rms:.3f}",
             *(f"{100 * getattr(record, key):.2f}" for key in ("clipped", "moved")),
         ]
         for name, record in shown
     ]
-    columns = ["linear", "up", "down", "exact", "bias", "rms", "clipped", "moved"]
+    columns = ["linear", "up", "down", "exact", "bias", "rms", "clip", "moved"]
     print_table(columns, rows, title=_title("Shares in percent, bias and rms in steps", prefix))
     _print_rest(found, top)
     total = sum(record.weights for record in found.layers)
