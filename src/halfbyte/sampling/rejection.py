@@ -89,8 +89,8 @@ def rejection_sample(
     if not batch:
         return draft_ids.new_empty(0, drafts + 1), draft_ids.new_empty(0)
     if uniforms is None:
-        where = {} if target_probs.is_cpu else {"device": target_probs.device}
-        uniforms = torch.rand(batch, drafts + 1, generator=generator, **where)
+        device = None if target_probs.is_cpu else target_probs.device
+        uniforms = torch.rand(batch, drafts + 1, generator=generator, device=device)
     settings = None
     filtered = top_k is not None or top_p is not None or min_p is not None
     if filtered or isinstance(temperature, torch.Tensor) or temperature != 1:
