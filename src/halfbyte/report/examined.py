@@ -21,20 +21,22 @@ from halfbyte.quantization.calibration import Calibration
 from halfbyte.quantization.config import QuantConfig
 from halfbyte.quantization.folding import Fold
 from halfbyte.quantization.grid import Grid
-from halfbyte.quantization.scaling import sample_rows, search_scales
+from halfbyte.quantization.scaling import search_scales
 
 # Channels, largest activation first, are shown as the means of so many bins; the first are shown one by one.
 CHANNEL_BINS, CHANNELS_SHOWN = 48, 16
+# Rows of a weight that its curve is of: a quarter of the search's own, as the shape is to be seen, not a winner found.
+CURVE_ROWS = 64
 
 
 @dataclass(frozen=True)
 class SearchCurve:
     """The error of a linear over the ratio r of its scales, by the code that searches (`quantization.scaling`).
 
-    It is of this linear alone; `quantize` adds up all linears that share a scale.
+    It is of `CURVE_ROWS` rows of this linear alone; `quantize` adds up all linears that share a scale.
 
     Attributes:
-        activations: (r, error over that without scaling) of s = x^r.
+        activations: (r, error over that without scaling) of s = x^r; r = 0 is none.
         duo: likewise of s = x^r / w^(1-r).
     """
 
@@ -128,8 +130,8 @@ def search_curve(matrix: PairedMatrix) -> SearchCurve | None:
     fold = Fold(matrix.name, (matrix.name,), torch.arange(stored.in_features))
     config = QuantConfig(bits=stored.bits, group_size=stored.group_size)
     grid = Grid(stored.bits, stored.group_size, zero_point=True)
-    choice = search_scales(fold, [sample_rows(matrix.reference)], statistics, grid, config)
-    curves: dict[bool, list[tuple[float, float]]] = {False: [], True: []}
+    choice = search_scales(fold, [matrix.reference[:: -(-stored.out_features // CURVE_ROWS)]], statistics, grid, config)
+    curves: dict[bool, list[tuple[float, float]]] = {False: [(0.0, 1.0)], True: []}
     if choice.identity_error <= 0:
         return None
     for label, error in choice.tried:

@@ -214,11 +214,11 @@ def _errors(model: dict[str, Any]) -> dict[str, float]:
 
 
 def _curves(model: dict[str, Any]) -> dict[str, list[tuple[float, float]]]:
-    """Of the worst linears: without scaling, then s = x^r."""
+    """Of the worst linears, s = x^r."""
     columns, details = model["columns"], model["details"]
     order = sorted(range(len(details)), key=lambda index: -(columns["output_error"][index] or 0))
     worst = [index for index in order if details[index] is not None and details[index]["curve"]][:CURVES]
-    return {columns["name"][index]: [(0.0, 1.0), *details[index]["curve"]["activations"]] for index in worst}
+    return {columns["name"][index]: details[index]["curve"]["activations"] for index in worst}
 
 
 def _suffix(model: dict[str, Any]) -> str:

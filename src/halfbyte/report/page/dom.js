@@ -29,7 +29,7 @@ function num(value, digits = 3) {
   return value.toLocaleString("en", { maximumFractionDigits: whole, minimumFractionDigits: 0, useGrouping: true });
 }
 
-const fixed = (places) => (value) => (value === null || value === undefined ? "–" : value.toLocaleString("en", { minimumFractionDigits: places, maximumFractionDigits: places }));
+const fixed = (places) => (value) => (value === null || value === undefined ? "–" : value.toLocaleString("en", { minimumFractionDigits: places, maximumFractionDigits: places, signDisplay: "negative" }));
 const percent = (value) => (value === null || value === undefined ? "–" : `${fixed(100 * Math.abs(value) < 10 ? 2 : 1)(100 * value)} %`);
 const whole = (value) => (value === null || value === undefined ? "–" : value.toLocaleString("en", { maximumFractionDigits: 0 }));
 const times = (value) => (value === null || value === undefined ? "–" : `${num(value)} ×`);

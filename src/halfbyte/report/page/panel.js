@@ -110,7 +110,7 @@ function distributions(detail, get) {
   const bits = get("bits");
   return [el("h3", {}, "Weights, errors, codes"), el("div", { class: "charts" },
     histogram({ title: "Weights before and after", note: `σ = ${num(detail.std)}; from ${num(detail.low)} to ${num(detail.high)}, as stored from ${num(detail.stored_low)} to ${num(detail.stored_high)}`, series: [{ name: "16 bit", counts: detail.before }, { name: `${bits} bits`, counts: detail.after }], limit: LIMITS.weights, xLabel: "weight, in σ", log: true }),
-    histogram({ title: "Rounding error", note: "dashed: half a step, where rounding to nearest ends", series: [{ name: "error", counts: detail.errors }], limit: LIMITS.errors, xLabel: "error, steps", bounds: [-0.5, 0.5] }),
+    histogram({ title: "Rounding error", note: "dashed: half a step, where rounding to nearest ends; the outermost bars hold all beyond", series: [{ name: "error", counts: detail.errors }], limit: LIMITS.errors, xLabel: "error, steps", bounds: [-0.5, 0.5] }),
     codes(detail.codes, bits))];
 }
 

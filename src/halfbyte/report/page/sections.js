@@ -120,7 +120,7 @@ function totals(model) {
     el("p", {}, `${whole(total.weights)} weights. A code of ${num(total.code_bits)} bits carries ${fixed(2)(total.entropy)} bits (entropy).`),
     el("div", { class: "charts" },
       histogram({ title: "Weights before and after", note: "in σ of their own linear, share on a logarithmic axis", series: [{ name: "16 bit", counts: total.before }, { name: `${num(total.code_bits)} bits`, counts: total.after }], limit: LIMITS.weights, xLabel: "weight, in σ", log: true }),
-      histogram({ title: "Rounding error", note: "dashed: half a step, where rounding to nearest ends", series: [{ name: "error", counts: total.errors }], limit: LIMITS.errors, xLabel: "error, steps", bounds: [-0.5, 0.5] }),
+      histogram({ title: "Rounding error", note: "dashed: half a step, where rounding to nearest ends; the outermost bars hold all beyond", series: [{ name: "error", counts: total.errors }], limit: LIMITS.errors, xLabel: "error, steps", bounds: [-0.5, 0.5] }),
       Object.entries(total.codes).map(([bits, counts]) => codes(counts, bits))));
 }
 
