@@ -55,6 +55,19 @@ def test_plain_rounding_is_measured_to_the_last_bit(tiny_llama: Path, rounded: P
         assert (layer.bits, layer.group_size) == (4, 32)
 
 
+def test_nothing_is_estimated_where_the_manifest_says_that_nothing_was_scaled(rounded: Path, tmp_path: Path) -> None:
+    shutil.copytree(rounded, tmp_path / "copy")
+    path = tmp_path / "copy" / "halfbyte_manifest.json"
+    manifest = json.loads(path.read_text())
+    for linear in manifest["linears"]:
+        linear["scale"] = "x^0.5" if linear["name"].endswith("q_proj") else "identity"
+    path.write_text(json.dumps(manifest))
+    pair = Pair.open(tmp_path / "copy")
+    for matrix in pair.matrices(progress=False):
+        assert torch.equal(matrix.scaling.columns, torch.ones_like(matrix.scaling.columns)), matrix.name
+        assert torch.equal(matrix.scaling.rows, torch.ones_like(matrix.scaling.rows)), matrix.name
+
+
 def test_what_quantize_measured_is_found_again(tiny_llama: Path, tmp_path: Path) -> None:
     """The manifest's error of each linear, from the finished files alone: exact behind norms, near between matrices.
 
