@@ -30,7 +30,11 @@ function num(value, digits = 3) {
 }
 
 const fixed = (places) => (value) => (value === null || value === undefined ? "–" : value.toLocaleString("en", { minimumFractionDigits: places, maximumFractionDigits: places, signDisplay: "negative" }));
-const percent = (value) => (value === null || value === undefined ? "–" : `${fixed(100 * Math.abs(value) < 10 ? 2 : 1)(100 * value)} %`);
+const percent = (value) => {
+  if (value === null || value === undefined) return "–";
+  const size = 100 * Math.abs(value);
+  return `${size > 0 && size < 0.01 ? num(100 * value, 2) : fixed(size < 10 ? 2 : 1)(100 * value)} %`;
+};
 const whole = (value) => (value === null || value === undefined ? "–" : value.toLocaleString("en", { maximumFractionDigits: 0 }));
 const times = (value) => (value === null || value === undefined ? "–" : `${num(value)} ×`);
 const decibels = (value) => (value === null || value === undefined ? "–" : `${fixed(1)(value)} dB`);

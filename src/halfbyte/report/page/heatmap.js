@@ -68,8 +68,10 @@ function heatmap(model, open) {
   function paint(measure) {
     const values = model.columns[measure.key];
     const means = cells.map((line) => line.map((members) => mean(known(members.map((index) => values[index])))));
-    const shown = known(means.flat()).filter((value) => !measure.log || value > 0);
-    const [low, high] = [Math.min(...shown), Math.max(...shown)];
+    const shown = known(means.flat()).filter((value) => !measure.log || value > 0).sort((a, b) => a - b);
+    // One linear far from all others must not take the colours from them: they end at 2 % and 98 % of the cells.
+    const cut = Math.floor(0.02 * shown.length);
+    const [low, high] = [shown[cut], shown[shown.length - 1 - cut]];
     const share = (value) => {
       if (!(high > low)) return 0.5;
       return measure.log ? Math.log(Math.max(value, low) / low) / Math.log(high / low) : (value - low) / (high - low);
@@ -84,7 +86,7 @@ function heatmap(model, open) {
     }));
     const ramp = el("i");
     ramp.style.background = `linear-gradient(to right, ${CIVIDIS.map((_, index) => cividis(index / (CIVIDIS.length - 1))).join(", ")})`;
-    legend.replaceChildren(...(shown.length ? [el("span", {}, measure.text(low)), ramp, el("span", {}, measure.text(high))] : ["nothing to show"]), measure.log ? el("span", { class: "quiet" }, "logarithmic") : "");
+    legend.replaceChildren(...(shown.length ? [el("span", {}, `${shown[0] < low ? "≤ " : ""}${measure.text(low)}`), ramp, el("span", {}, `${shown[shown.length - 1] > high ? "≥ " : ""}${measure.text(high)}`)] : ["nothing to show"]), measure.log ? el("span", { class: "quiet" }, "logarithmic") : "");
   }
 
   nodes[0][0].tabIndex = 0;
