@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import re
+import shlex
 import sys
 from types import ModuleType
 
@@ -57,6 +58,48 @@ def test_a_page_that_is_not_understood_is_refused(text: str, says: str) -> None:
 def test_every_page_is_understood_and_most_commands_run() -> None:
     blocks = [block for page in read_pages() for block in page.blocks]
     assert sum(block.needs is None for block in blocks) > len(blocks) / 2
+
+
+def unknown_options(code: str) -> list[str]:
+    """What of the halfbyte commands in a shell block its command line does not know."""
+    unknown = []
+    for line in code.replace("\\\n", " ").splitlines():
+        words = shlex.split(line, comments=True)
+        if "halfbyte" not in words:
+            continue
+        words = words[words.index("halfbyte") + 1 :]
+        words = words[: next((at for at, word in enumerate(words) if word in ("|", ">", "&&")), len(words))]
+        path = words[:1]
+        if words[0] == "--help":
+            continue
+        if words[0] not in verb_tables.verb_names():
+            unknown.append(words[0])
+            continue
+        groups = verb_tables.subcommands(words[0])
+        if groups != path:
+            path = words[:2]
+            if " ".join(path) not in groups:
+                unknown.append(" ".join(path))
+                continue
+        known = {option for parameter in verb_tables.find(" ".join(path))[0].params for option in parameter.opts}
+        unknown += [word for word in words if word.startswith("-") and len(word) > 1 and word not in {*known, "--help"}]
+    return unknown
+
+
+def test_the_pages_use_verbs_and_options_that_exist() -> None:
+    for page in read_pages():
+        for block in page.blocks:
+            if block.language == "sh":
+                assert not unknown_options(block.code), f"docs/{page.path}:{block.line}"
+
+
+def test_what_does_not_exist_is_found() -> None:
+    assert unknown_options("halfbyte fly away\n") == ["fly"]
+    assert unknown_options("halfbyte inspect tea x\n") == ["inspect tea"]
+    assert unknown_options("echo a | halfbyte eval x \\\n  --max-windows 4 --min-windows 4 | head -1\n") == [
+        "--min-windows"
+    ]
+    assert unknown_options("halfbyte explain    # list --them\nls --all\n") == []
 
 
 def test_every_verb_has_its_page_in_the_navigation() -> None:
