@@ -6,14 +6,14 @@ import itertools
 import tempfile
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from halfbyte.cli.options import Cache, Compute, HeadBits
-from halfbyte.cli.render import JsonFlag, interruptible, megabytes, parse_head_bits, print_json, print_table
+from halfbyte.cli.options import Decoding, spread
+from halfbyte.cli.render import JsonFlag, interruptible, megabytes, print_json, print_table
 from halfbyte.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -29,13 +29,19 @@ app = typer.Typer(
     add_completion=False,
 )
 
-ModelArgument = Annotated[str | None, typer.Argument(help="A folder, sample:NAME, or a hub name.")]
-ShapeOption = Annotated[
-    str | None, typer.Option(help="Instead of a model: 1b, a random 4-bit Llama of that shape, made for the run.")
-]
 BatchOption = Annotated[str, typer.Option(help="Sequences at a time; several as 1,4,16.")]
 ThreadsOption = Annotated[str, typer.Option(help="Threads; several as 1,2; auto for HALFBYTE_THREADS or all cores.")]
 RoundsOption = Annotated[int, typer.Option(help="Rounds to take the median of; one more warms up.")]
+
+
+@dataclass(frozen=True)
+class Subject:
+    """What is measured."""
+
+    model: Annotated[str | None, typer.Argument(help="A folder, sample:NAME, or a hub name.")] = None
+    shape: Annotated[
+        str | None, typer.Option(help="Instead of a model: 1b, a random 4-bit Llama of that shape, made for the run.")
+    ] = None
 
 
 @app.callback()
@@ -45,17 +51,16 @@ def _group() -> None:
 
 @app.command("decode")
 @interruptible
+@spread
 def decode_command(
-    model: ModelArgument = None,
-    shape: ShapeOption = None,
+    *,
+    subject: Subject,
     context: Annotated[str, typer.Option(help="Tokens before the first step; several as 0,512,2048.")] = "0,512,2048",
     batch: BatchOption = "1",
     threads: ThreadsOption = "auto",
     steps: Annotated[int, typer.Option(help="Steps in a round.")] = 16,
     rounds: RoundsOption = 5,
-    compute: Compute = "auto",
-    head_bits: HeadBits = "auto",
-    cache: Cache = "auto",
+    decoding: Decoding,
     json: JsonFlag = False,
 ) -> None:
     """Time steps of one token a sequence, and hold them against reading the bytes they need.
@@ -65,7 +70,6 @@ def decode_command(
 
     Example: halfbyte bench decode smollm2-4bit --context 0,512 --batch 1,4 --threads 1,2
     """
-    settings = _settings(compute, head_bits, cache)
     cells = _cells(numbers("--threads", threads, 1), numbers("--context", context, 0), numbers("--batch", batch, 1))
 
     def measure(loaded: Model) -> list[DecodeSpeed]:
@@ -74,21 +78,20 @@ def decode_command(
         return [measure_decode(loaded, context=c, batch=b, threads=t, steps=steps, rounds=rounds) for t, c, b in cells]
 
     columns = ("threads", "context", "batch", "tok/s", "ms/token", "MB/token", "GB/s", "machine", "share")
-    _report("decode", _measure(model, shape, settings, measure), columns, _decode_row, json)
+    _report("decode", _measure(subject, decoding, measure), columns, _decode_row, json)
 
 
 @app.command("prefill")
 @interruptible
+@spread
 def prefill_command(
-    model: ModelArgument = None,
-    shape: ShapeOption = None,
+    *,
+    subject: Subject,
     context: Annotated[str, typer.Option(help="Tokens of a prompt; several as 128,512.")] = "512",
     batch: BatchOption = "1",
     threads: ThreadsOption = "auto",
     rounds: RoundsOption = 5,
-    compute: Compute = "auto",
-    head_bits: HeadBits = "auto",
-    cache: Cache = "auto",
+    decoding: Decoding,
     json: JsonFlag = False,
 ) -> None:
     """Time prompts, and hold them against the fp32 arithmetic the machine can do.
@@ -97,7 +100,6 @@ def prefill_command(
 
     Example: halfbyte bench prefill smollm2-4bit --context 128,512
     """
-    settings = _settings(compute, head_bits, cache)
     cells = _cells(numbers("--threads", threads, 1), numbers("--context", context, 1), numbers("--batch", batch, 1))
 
     def measure(loaded: Model) -> list[PrefillSpeed]:
@@ -106,20 +108,19 @@ def prefill_command(
         return [measure_prefill(loaded, context=c, batch=b, threads=t, rounds=rounds) for t, c, b in cells]
 
     columns = ("threads", "context", "batch", "tok/s", "ms/token", "GFLOP/s", "fp32 peak", "share")
-    _report("prefill", _measure(model, shape, settings, measure), columns, _prefill_row, json)
+    _report("prefill", _measure(subject, decoding, measure), columns, _prefill_row, json)
 
 
 @app.command("kernels")
 @interruptible
+@spread
 def kernels_command(
-    model: ModelArgument = None,
-    shape: ShapeOption = None,
+    *,
+    subject: Subject,
     rows: Annotated[str, typer.Option(help="Rows of activations, 1 first.")] = "1,2,4,8,16",
     threads: ThreadsOption = "auto",
     rounds: RoundsOption = 15,
-    compute: Compute = "auto",
-    head_bits: HeadBits = "auto",
-    cache: Cache = "auto",
+    decoding: Decoding,
     json: JsonFlag = False,
 ) -> None:
     """Time the model's matrices by shape, with one row of activations and with a few.
@@ -128,7 +129,6 @@ def kernels_command(
 
     Example: halfbyte bench kernels smollm2-4bit --threads 1
     """
-    settings = _settings(compute, head_bits, cache)
     counts, sizes = numbers("--threads", threads, 1), numbers("--rows", rows, 1)
 
     def measure(loaded: Model) -> list[KernelSpeed]:
@@ -137,21 +137,20 @@ def kernels_command(
         return [row for t in counts for row in measure_kernels(loaded, rows=sizes, threads=t, rounds=rounds)]
 
     columns = ("out × in", "form", "count", "threads", "M", "µs", "to M = 1", "GB/s", "machine", "share")
-    _report("kernels", _measure(model, shape, settings, measure), columns, _kernel_row, json)
+    _report("kernels", _measure(subject, decoding, measure), columns, _kernel_row, json)
 
 
 @app.command("phases")
 @interruptible
+@spread
 def phases_command(
-    model: ModelArgument = None,
-    shape: ShapeOption = None,
+    *,
+    subject: Subject,
     context: Annotated[str, typer.Option(help="Tokens before the step; several as 0,512.")] = "512",
     batch: BatchOption = "1",
     threads: ThreadsOption = "auto",
     steps: Annotated[int, typer.Option(help="Steps to take the median of.")] = 64,
-    compute: Compute = "auto",
-    head_bits: HeadBits = "auto",
-    cache: Cache = "auto",
+    decoding: Decoding,
     json: JsonFlag = False,
 ) -> None:
     """Time the parts of a step of one token a sequence, and hold each against reading its bytes.
@@ -160,7 +159,6 @@ def phases_command(
 
     Example: halfbyte bench phases smollm2-4bit --threads 1
     """
-    settings = _settings(compute, head_bits, cache)
     cells = _cells(numbers("--threads", threads, 1), numbers("--context", context, 0), numbers("--batch", batch, 1))
 
     def measure(loaded: Model) -> list[PhaseSpeed]:
@@ -169,7 +167,7 @@ def phases_command(
         return [row for t, c, b in cells for row in measure_phases(loaded, context=c, batch=b, threads=t, steps=steps)]
 
     columns = ("threads", "context", "batch", "part", "µs", "of the step", "MB", "floor µs")
-    _report("phases", _measure(model, shape, settings, measure), columns, _phase_row, json)
+    _report("phases", _measure(subject, decoding, measure), columns, _phase_row, json)
 
 
 @app.command("sampler")
@@ -210,19 +208,18 @@ def sampler_command(
     print_table(columns, map(_sampler_row, results), f"Rejection samplers; {machine.model}, {pick_tier()}")
 
 
-def _measure(
-    model: str | None, shape: str | None, settings: dict[str, Any], measure: Callable[[Model], Sequence[Any]]
-) -> dict[str, Any]:
-    if (model is None) == (shape is None):
+def _measure(subject: Subject, decoding: Decoding, measure: Callable[[Model], Sequence[Any]]) -> dict[str, Any]:
+    if (subject.model is None) == (subject.shape is None):
         raise ConfigError("MODEL or --shape: expected one of them; such as `halfbyte bench decode --shape 1b`")
     from halfbyte.device.cpu import cpu_info, pick_tier
     from halfbyte.generation.model import load
 
-    with _folder(model, shape) as folder:
+    settings = decoding.settings()
+    with _folder(subject) as folder:
         loaded = load(folder, device="cpu", **settings)
         results = measure(loaded)
     return {
-        "model": model if shape is None else f"random {shape}",
+        "model": subject.model or f"random {subject.shape}",
         "machine": vars(cpu_info()),
         "tier": pick_tier(),
         "memory_bytes": loaded.nbytes,
@@ -231,20 +228,16 @@ def _measure(
     }
 
 
-def _settings(compute: str, head_bits: str, cache: str) -> dict[str, Any]:
-    return {"compute": compute, "head_bits": parse_head_bits(head_bits), "cache": cache}
-
-
 @contextmanager
-def _folder(model: str | None, shape: str | None) -> Iterator[str | Path]:
+def _folder(subject: Subject) -> Iterator[str | Path]:
     """The model, or a random one that is there for as long as it is needed."""
-    if model is not None:
-        yield model
-    elif shape is not None:
+    if subject.model is not None:
+        yield subject.model
+    elif subject.shape is not None:
         from halfbyte.evaluation.shapes import write_random_model
 
         with tempfile.TemporaryDirectory() as temporary:
-            write_random_model(Path(temporary) / "model", shape)
+            write_random_model(Path(temporary) / "model", subject.shape)
             yield Path(temporary) / "model"
 
 

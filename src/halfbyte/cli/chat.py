@@ -11,13 +11,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from halfbyte.cli import options
-from halfbyte.cli.render import (
-    decode_input,
-    describe_generation,
-    parse_draft_length,
-    parse_head_bits,
-    summarize_speculation,
-)
+from halfbyte.cli.render import decode_input, describe_generation, summarize_speculation
 from halfbyte.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -26,28 +20,17 @@ if TYPE_CHECKING:
 PROMPT = "> "
 
 
+@options.spread
 def command(
     model: options.ModelArgument,
+    *,
     system: Annotated[str | None, typer.Option(help="How the model is to behave.")] = None,
     max_new_tokens: Annotated[int, typer.Option(help="Tokens of an answer at most.")] = 512,
     context: Annotated[
         int | None, typer.Option(help="Tokens of the conversation at most; the model's if not given.")
     ] = None,
-    temperature: options.Temperature = 0.0,
-    top_k: options.TopK = None,
-    top_p: options.TopP = None,
-    min_p: options.MinP = None,
-    repetition_penalty: options.RepetitionPenalty = 1.0,
-    stop: options.Stop = None,
-    seed: options.Seed = None,
-    draft: options.Draft = None,
-    draft_length: options.DraftLength = "auto",
-    device: options.Device = "auto",
-    backend: options.Backend = "auto",
-    compute: options.Compute = "auto",
-    head_bits: options.HeadBits = "auto",
-    cache: options.Cache = "auto",
-    threads: options.Threads = None,
+    sampling: options.Sampling,
+    loading: options.Loading,
     json: Annotated[bool, typer.Option("--json", help="Print each answer as one line of JSON.")] = False,
 ) -> None:
     """Chat with a model; answers are streamed as they come.
@@ -59,30 +42,10 @@ def command(
     """
     from halfbyte.generation.chat import Chat
     from halfbyte.generation.model import load
-    from halfbyte.generation.text import parse_stop
-    from halfbyte.sampling.filters import SamplingParameters
 
-    # Refuse a bad value before loading anything.
-    SamplingParameters(temperature, top_k, top_p, min_p, repetition_penalty)
-    stops = parse_stop(stop)
-    length = parse_draft_length(draft_length)
-    bits = parse_head_bits(head_bits)
-    loaded = load(model, device=device, backend=backend, compute=compute, head_bits=bits, cache=cache, threads=threads)
-    chat = Chat(
-        loaded,
-        system=system,
-        max_new_tokens=max_new_tokens,
-        temperature=temperature,
-        top_k=top_k,
-        top_p=top_p,
-        min_p=min_p,
-        repetition_penalty=repetition_penalty,
-        stop=stops,
-        seed=seed,
-        context=context,
-        draft=draft,
-        draft_length=length,
-    )
+    sampled = sampling.settings()
+    loaded = load(model, **loading.settings())
+    chat = Chat(loaded, system=system, max_new_tokens=max_new_tokens, context=context, **sampled)
     interactive = sys.stdin.isatty() and sys.stdout.isatty()
     for line in _typed() if interactive else map(decode_input, sys.stdin.buffer):
         text = line.strip()

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from halfbyte.cli import options
-from halfbyte.cli.render import JsonFlag, parse_head_bits, print_json, print_table
+from halfbyte.cli.render import JsonFlag, print_json, print_table
 from halfbyte.cli.report import check_outputs, print_written, write_outputs
 from halfbyte.errors import OutputError
 
@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 SIZES = ("", "model", "on disk", "smaller", "in memory", "load")
 
 
+@options.spread
 def command(
     models: Annotated[
         list[str],
@@ -29,6 +30,7 @@ def command(
             "MODEL@awq:group_size=32,bits=3. MODEL@nf4 is bitsandbytes' (pip install 'halfbyte[nf4]')."
         ),
     ],
+    *,
     data: Annotated[
         str, typer.Option(help="A UTF-8 text file, or builtin: the part of Python's prose never calibrated on.")
     ] = "builtin",
@@ -60,12 +62,7 @@ def command(
     output_dir: Annotated[
         Path | None, typer.Option(help="Also write every table as CSV, every figure as PNG here; likewise.")
     ] = None,
-    device: options.Device = "auto",
-    backend: options.Backend = "auto",
-    compute: options.Compute = "auto",
-    head_bits: options.HeadBits = "auto",
-    cache: options.Cache = "auto",
-    threads: options.Threads = None,
+    loading: options.Loading,
     json: JsonFlag = False,
 ) -> None:
     """Compare models side by side: size, perplexity, divergence from the first, speed, and a verdict for each pair.
@@ -75,7 +72,7 @@ def command(
 
     Example: halfbyte compare sample:smollm2-135m sample:smollm2-135m@awq sample:smollm2-135m@awq-l2 --quick
     """
-    bits = parse_head_bits(head_bits)
+    settings = loading.settings()
     if output_json is not None:
         _check_writable(output_json)
     check_outputs(report, output_dir, option="--report")
@@ -89,12 +86,7 @@ def command(
         skip_original=skip_original,
         skip_speed=skip_speed,
         quick=quick,
-        device=device,
-        backend=backend,
-        compute=compute,
-        head_bits=bits,
-        cache=cache,
-        threads=threads,
+        **settings,
     )
     if output_json is not None:
         _write(output_json, comparison.to_dict())

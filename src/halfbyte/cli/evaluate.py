@@ -8,11 +8,13 @@ from typing import Annotated, Any
 import typer
 
 from halfbyte.cli import options
-from halfbyte.cli.render import JsonFlag, parse_head_bits, print_json, print_table
+from halfbyte.cli.render import JsonFlag, print_json, print_table
 
 
+@options.spread
 def command(
     model: options.ModelArgument,
+    *,
     data: Annotated[
         str,
         typer.Option(help="A UTF-8 text file, or builtin: the part of Python's prose never calibrated on."),
@@ -24,12 +26,7 @@ def command(
     new_tokens: Annotated[int, typer.Option(help="Tokens generated in the speed measurement.")] = 32,
     skip_perplexity: Annotated[bool, typer.Option("--skip-perplexity", help="Measure speed alone.")] = False,
     skip_speed: Annotated[bool, typer.Option("--skip-speed", help="Measure perplexity alone.")] = False,
-    device: options.Device = "auto",
-    backend: options.Backend = "auto",
-    compute: options.Compute = "auto",
-    head_bits: options.HeadBits = "auto",
-    cache: options.Cache = "auto",
-    threads: options.Threads = None,
+    loading: options.Loading,
     json: JsonFlag = False,
 ) -> None:
     """Measure perplexity on a text, and tokens per second for prefill and decoding.
@@ -43,8 +40,7 @@ def command(
     from halfbyte.evaluation.throughput import measure_throughput
     from halfbyte.generation.model import load
 
-    bits = parse_head_bits(head_bits)
-    loaded = load(model, device=device, backend=backend, compute=compute, head_bits=bits, cache=cache, threads=threads)
+    loaded = load(model, **loading.settings())
     result: dict[str, Any] = {
         "model": model,
         "engine": loaded.engine.name,
