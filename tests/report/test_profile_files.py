@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -12,6 +13,8 @@ from halfbyte.evaluation import profile as module
 from halfbyte.evaluation.profile import profile
 from halfbyte.evaluation.profile_result import Profile
 from halfbyte.report import profile as files
+from halfbyte.report.sections import profile_section
+from halfbyte.report.speed_plots import Series
 
 
 @pytest.fixture(scope="module")
@@ -39,8 +42,17 @@ def test_a_folder_that_cannot_be_is_refused(tmp_path: Path) -> None:
         files.write_table(Profile(None, 1, None, "cpu", "", None, None, 1, 1, []), tmp_path / "taken")
 
 
-def test_the_baseline_is_the_fastest_in_16_bit(tiny: Profile) -> None:
-    slow = [replace(row, seconds=1.0 if row.implementation == "torch-bf16" else 0.5) for row in tiny.rows]
-    assert files.fastest_half(replace(tiny, rows=slow)) == "bf16"
-    fast = [replace(row, seconds=0.1 if row.implementation == "torch-bf16" else 0.01 * row.bits) for row in tiny.rows]
-    assert files.fastest_half(replace(tiny, rows=fast)) == "torch-bf16"
+def test_the_baseline_is_the_fastest_in_16_bit(tiny: Profile, monkeypatch: pytest.MonkeyPatch) -> None:
+    baselines = []
+
+    def drawn(seconds: Series, *, baseline: str, **rest: Any) -> None:
+        baselines.append(baseline)
+
+    monkeypatch.setattr(files, "plot_latency_comparison", drawn)
+    for torch_seconds in (1.0, 0.1):
+        rows = [
+            replace(row, seconds=torch_seconds if row.implementation == "torch-bf16" else row.bits / 40)
+            for row in tiny.rows
+        ]
+        files.profile_figures(profile_section(replace(tiny, rows=rows).to_dict()))
+    assert baselines == ["bf16", "torch-bf16"]

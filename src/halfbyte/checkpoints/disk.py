@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import csv
 import errno
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 from halfbyte.errors import OutputError
 
@@ -75,6 +77,22 @@ def replacing(target: Path) -> Iterator[Path]:
             partial.replace(target)
         finally:
             partial.unlink(missing_ok=True)
+
+
+def write_csv(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
+    """Write a table, all of it or nothing; missing values stay empty.
+
+    Args:
+        path: replaced if it exists.
+        rows: with the same keys; one at least.
+
+    Raises:
+        OutputError: the folder is missing, or the file cannot be written.
+    """
+    with replacing(path) as partial, partial.open("w", newline="", encoding="utf-8", errors="replace") as file:
+        writer = csv.DictWriter(file, [*rows[0]], lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(rows)
 
 
 def fsync(path: Path) -> None:

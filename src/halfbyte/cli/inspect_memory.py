@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from halfbyte.cli.files import write_csv
+from halfbyte.checkpoints.disk import write_csv
 from halfbyte.cli.render import JsonFlag, megabytes, print_json, print_table
 
 if TYPE_CHECKING:

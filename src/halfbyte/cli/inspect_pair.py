@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING, Annotated, Any, TypeVar
 
 import typer
 
+from halfbyte.checkpoints.disk import write_csv
 from halfbyte.cli.bars import side_by_side
-from halfbyte.cli.files import write_csv
 from halfbyte.cli.render import JsonFlag, print_json, print_table
 from halfbyte.errors import ConfigError
 

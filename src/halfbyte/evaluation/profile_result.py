@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import csv
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from halfbyte.checkpoints.disk import replacing
+from halfbyte.checkpoints.disk import write_csv
 
 # The name of the rows that add up all linears of a block.
 BLOCK = "block"
@@ -149,11 +148,7 @@ class Profile:
         Raises:
             OutputError: the file cannot be written; what was there before then still is.
         """
-        lines = [self._line(row) for row in self.rows]
-        with replacing(Path(path)) as partial, partial.open("w", newline="", encoding="utf-8") as file:
-            writer = csv.DictWriter(file, list(lines[0]), lineterminator="\n")
-            writer.writeheader()
-            writer.writerows(lines)
+        write_csv(Path(path), [self._line(row) for row in self.rows])
 
     def _line(self, row: LinearSpeed) -> dict[str, object]:
         return {

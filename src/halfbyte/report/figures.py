@@ -2,22 +2,15 @@
 
 from __future__ import annotations
 
-import csv
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from halfbyte.checkpoints.disk import replacing, writes_explained
+from halfbyte.checkpoints.disk import replacing, write_csv, writes_explained
 from halfbyte.report.html_report import Report
-from halfbyte.report.profile import check_folder
-from halfbyte.report.speed_plots import (
-    plot_acceptance,
-    plot_latency_comparison,
-    plot_performance_comparison,
-    plot_roofline,
-    plot_throughput_scaling,
-)
+from halfbyte.report.profile import PICTURES, check_folder, profile_figures
+from halfbyte.report.speed_plots import plot_acceptance, plot_performance_comparison
 from halfbyte.report.style import save_figure
 from halfbyte.report.weight_plots import (
     plot_error_histogram,
@@ -49,10 +42,7 @@ def write_tables(report: Report, folder: str | Path) -> list[Path]:
     written = []
     for name, rows in _tables(report.data):
         path = folder / f"{name}.csv"
-        with replacing(path) as partial, partial.open("w", newline="", encoding="utf-8", errors="replace") as file:
-            writer = csv.DictWriter(file, [*rows[0]], lineterminator="\n")
-            writer.writeheader()
-            writer.writerows(rows)
+        write_csv(path, rows)
         written.append(path)
     path = folder / "report.json"
     with replacing(path) as partial:
@@ -158,7 +148,7 @@ def _figures(data: dict[str, Any]) -> Iterator[tuple[str, Figure]]:
         if curves:
             yield f"search_curves{suffix}", plot_search_curves(curves, title="Loss over the scale ratio, worst linears")
     if data["profile"] is not None:
-        yield from _profile_figures(data["profile"])
+        yield from zip((name.removesuffix(".png") for name in PICTURES), profile_figures(data["profile"]), strict=True)
     drafts = {run["name"]: run["by_position"] for run in data["speculation"] or [] if run["by_position"]}
     if drafts:
         yield "acceptance", plot_acceptance(drafts)
@@ -174,37 +164,6 @@ def _comparison_figure(comparison: dict[str, Any]) -> Figure:
         }
         metrics[title], better[title] = values, column["better"]
     return plot_performance_comparison(metrics, better=better)
-
-
-def _profile_figures(profile: dict[str, Any]) -> Iterator[tuple[str, Figure]]:
-    rows = profile["rows"]
-    names = list(dict.fromkeys(row["implementation"] for row in rows))
-    of = {name: [row for row in rows if row["implementation"] == name] for name in names}
-    subject = f"Linears of one decoder block, {profile['subject']}"
-    yield (
-        "throughput_scaling",
-        plot_throughput_scaling(
-            {name: {row["batch_size"]: row["tokens_per_second"] for row in of[name]} for name in names},
-            title=f"{subject}: throughput",
-        ),
-    )
-    yield (
-        "latency_comparison",
-        plot_latency_comparison(
-            {name: {row["batch_size"]: row["seconds"] for row in of[name]} for name in names},
-            title=f"{subject}: latency",
-        ),
-    )
-    middle = rows[len(rows) // 2]
-    yield (
-        "roofline",
-        plot_roofline(
-            {n: [(r["intensity"], r["flops_per_second"], f"{r['batch_size']:g}") for r in of[n]] for n in names},
-            bandwidth=middle["bandwidth"],
-            peak_flops=middle["peak_flops"],
-            title=f"{subject}: roofline, numbers are batch sizes",
-        ),
-    )
 
 
 def _errors(model: dict[str, Any]) -> dict[str, float]:

@@ -4,13 +4,21 @@ from __future__ import annotations
 
 import os
 import statistics
-from collections.abc import Iterable
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from halfbyte.checkpoints.disk import writes_explained
 from halfbyte.errors import OutputError
-from halfbyte.evaluation.profile_result import LinearSpeed, Profile
-from halfbyte.report.plots import plot_latency_comparison, plot_roofline, plot_throughput_scaling, save_figure
+from halfbyte.evaluation.profile_result import Profile
+from halfbyte.report.sections import profile_section
+from halfbyte.report.speed_plots import plot_latency_comparison, plot_roofline, plot_throughput_scaling
+from halfbyte.report.style import save_figure
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+R = TypeVar("R")
 
 CSV = "performance_results.csv"
 PICTURES = ("throughput_scaling.png", "latency_comparison.png", "roofline.png")
@@ -50,47 +58,55 @@ def write_pictures(profile: Profile, folder: str | Path) -> list[Path]:
         UnsupportedError: matplotlib is not installed.
         OutputError: one cannot be written.
     """
-    rows = profile.block
-    names = list(dict.fromkeys(row.implementation for row in rows))
-    quartiles = {n: {r.batch_size: (r.seconds_q25, r.seconds_q75) for r in _of(rows, n)} for n in names}
-    rates = {
-        n: {r.batch_size: (r.batch_size / r.seconds_q75, r.batch_size / r.seconds_q25) for r in _of(rows, n)}
-        for n in names
-    }
-    on_cpu = profile.threads is not None
-    subject = f"Linears of one decoder block, {profile.subject}"
-    where = f"{profile.machine}, {profile.threads} threads" if on_cpu else profile.machine
-    figures = (
-        plot_throughput_scaling(
-            {n: {r.batch_size: r.tokens_per_second for r in _of(rows, n)} for n in names},
-            spread=rates,
-            title=f"{subject}: throughput, median and quartiles\n{where}",
-        ),
-        plot_latency_comparison(
-            {n: {r.batch_size: r.seconds for r in _of(rows, n)} for n in names},
-            spread=quartiles,
-            baseline=fastest_half(profile),
-            title=f"{subject}: latency, median and quartiles\n{where}",
-        ),
-        plot_roofline(
-            {n: [(r.intensity, r.flops_per_second, str(r.batch_size)) for r in _of(rows, n)] for n in names},
-            bandwidth=statistics.median(row.bandwidth for row in profile.rows),
-            peak_flops=statistics.median(row.peak_flops for row in profile.rows),
-            peak_name="fp32 peak" if on_cpu else "bf16 product",
-            title=f"{subject}: roofline, numbers are batch sizes\n{where}",
-        ),
-    )
+    figures = profile_figures(profile_section(profile.to_dict()))
     return [save_figure(figure, Path(folder) / name) for figure, name in zip(figures, PICTURES, strict=True)]
 
 
-def fastest_half(profile: Profile) -> str:
-    """The 16-bit implementation that takes the least time over all batch sizes of a block."""
-    totals: dict[str, float] = {}
-    for row in profile.block:
-        if row.bits == 16:
-            totals[row.implementation] = totals.get(row.implementation, 0.0) + row.seconds
-    return min(totals, key=totals.__getitem__)
+def profile_figures(section: Mapping[str, Any]) -> tuple[Figure, Figure, Figure]:
+    """Throughput, latency and roofline of a decoder block, as in `PICTURES`.
+
+    Args:
+        section: `profile_section`'s.
+
+    Raises:
+        UnsupportedError: matplotlib is not installed.
+    """
+    of: dict[str, list[dict[str, Any]]] = {}
+    for row in section["rows"]:
+        of.setdefault(row["implementation"], []).append(row)
+
+    def by_batch(value: Callable[[dict[str, Any]], R]) -> dict[str, dict[int, R]]:
+        return {name: {int(row["batch_size"]): value(row) for row in rows} for name, rows in of.items()}
+
+    title = f"Linears of one decoder block, {section['subject']}: {{}}\n{section['machine']}"
+    return (
+        plot_throughput_scaling(
+            by_batch(lambda row: row["tokens_per_second"]),
+            spread=by_batch(
+                lambda row: (row["batch_size"] / row["seconds_q75"], row["batch_size"] / row["seconds_q25"])
+            ),
+            title=title.format("throughput, median and quartiles"),
+        ),
+        plot_latency_comparison(
+            by_batch(lambda row: row["seconds"]),
+            spread=by_batch(lambda row: (row["seconds_q25"], row["seconds_q75"])),
+            baseline=_fastest_half(of),
+            title=title.format("latency, median and quartiles"),
+        ),
+        plot_roofline(
+            {
+                name: [(row["intensity"], row["flops_per_second"], f"{row['batch_size']:g}") for row in rows]
+                for name, rows in of.items()
+            },
+            bandwidth=statistics.median(row["bandwidth"] for row in section["rows"]),
+            peak_flops=statistics.median(row["peak_flops"] for row in section["rows"]),
+            peak_name="fp32 peak" if section["on_cpu"] else "bf16 product",
+            title=title.format("roofline, numbers are batch sizes"),
+        ),
+    )
 
 
-def _of(rows: Iterable[LinearSpeed], implementation: str) -> list[LinearSpeed]:
-    return [row for row in rows if row.implementation == implementation]
+def _fastest_half(of: Mapping[str, Sequence[Mapping[str, Any]]]) -> str | None:
+    """The 16-bit implementation that takes the least time over all batch sizes; None without one."""
+    totals = {name: sum(row["seconds"] for row in rows) for name, rows in of.items() if rows[0]["bits"] == 16}
+    return min(totals, key=totals.__getitem__, default=None)
