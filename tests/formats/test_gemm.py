@@ -111,10 +111,11 @@ def test_what_the_layout_cannot_hold_is_refused(change: dict[str, Any], message:
     [
         ("qweight", torch.zeros(16, 2), r"qweight: expected int32 \[in, out/8\], found float32"),
         ("qweight", None, "qweight: missing"),
-        ("qzeros", torch.zeros(2, 3, dtype=torch.int32), r"qzeros: expected \[2, 2\], found int32 \[2, 3\]"),
-        ("scales", torch.zeros(16, 2).half(), r"scales: expected \[2, 16\]"),
+        ("qzeros", torch.zeros(2, 3, dtype=torch.int32), r"qzeros: expected int32 \[2, 2\], found int32 \[2, 3\]"),
+        ("scales", torch.zeros(16, 2).half(), r"scales: expected .* \[2, 16\]"),
         ("scales", torch.full((2, 16), float("nan")).half(), "not finite"),
-        ("bias", torch.zeros(15).half(), r"bias: expected \[16\]"),
+        ("bias", torch.full((16,), float("inf")).half(), "bias: holds values that are not finite"),
+        ("bias", torch.zeros(15).half(), r"bias: expected .* \[16\]"),
     ],
 )
 def test_files_that_contradict_themselves_are_refused(key: str, value: torch.Tensor | None, message: str) -> None:
@@ -156,33 +157,3 @@ def test_a_symmetric_weight_has_zeros_of_eight_in_every_nibble() -> None:
     tensor = random_tensor(0, 8, 2, 8)
     tensor.zeros.fill_(8)
     assert gemm.pack(tensor)["qzeros"].unique().tolist() == [-2004318072]  # 0x88888888
-
-
-def test_config_goes_round_and_old_spellings_are_understood() -> None:
-    section = gemm.quantization_config(group_size=64, modules_to_not_convert=["lm_head"])
-    expected = gemm.GemmConfig(4, 64, ("lm_head",))
-    assert gemm.read_quantization_config({"quantization_config": section}) == expected
-    old = {"quant_method": "awq", "w_bit": 4, "q_group_size": 64, "version": "GEMM", "zero_point": True}
-    assert gemm.read_quantization_config({"quantization_config": old}) == gemm.GemmConfig(4, 64, ())
-    bare = {"w_bit": 4, "q_group_size": 128, "version": "GEMM", "zero_point": True}
-    assert gemm.read_quantization_config({"quantization_config": bare}) == gemm.GemmConfig(4, 128, ())
-    assert gemm.read_quantization_config({}) is None
-
-
-@pytest.mark.parametrize(
-    ("section", "message"),
-    [
-        ({"quant_method": "gptq"}, "'gptq'"),
-        ({"quant_method": "awq", "version": "marlin"}, "'marlin'"),
-        ({"quant_method": "awq", "bits": 8}, "bits 8"),
-        ({"quant_method": "awq", "bits": 4.0}, "bits 4.0"),
-        ({"bits": 4}, "method None"),
-        ({"quant_method": "awq", "group_size": "big"}, "group_size 'big'"),
-        ({"quant_method": "awq", "group_size": 0}, "group_size 0"),
-        ({"quant_method": "awq", "modules_to_not_convert": "lm_head"}, "expected a list of strings"),
-        ([], "expected an object"),
-    ],
-)
-def test_configs_that_cannot_be_read_are_refused(section: Any, message: str) -> None:
-    with pytest.raises((CheckpointError, UnsupportedError), match=message):
-        gemm.read_quantization_config({"quantization_config": section})

@@ -273,11 +273,11 @@ def test_another_quantization_method_is_refused(tiny_llama: Path, tmp_path: Path
     import json
     import shutil
 
-    folder = tmp_path / "gptq"
+    folder = tmp_path / "bitsandbytes"
     shutil.copytree(tiny_llama, folder)
     config = json.loads((folder / "config.json").read_text())
-    (folder / "config.json").write_text(json.dumps({**config, "quantization_config": {"quant_method": "gptq"}}))
-    with pytest.raises(UnsupportedError, match="quantization method 'gptq'"):
+    (folder / "config.json").write_text(json.dumps({**config, "quantization_config": {"quant_method": "bitsandbytes"}}))
+    with pytest.raises(UnsupportedError, match="quantization method 'bitsandbytes'"):
         halfbyte.load(folder)
 
 

@@ -25,10 +25,13 @@ QUANTIZED, HALVES, EMBEDDING, HEAD, SMALL, OTHER = (
     "quantized linears", "linears in 16 bit", "embedding", "output head", "norms and biases", "outside the text model",
 )  # fmt: skip
 KINDS = (QUANTIZED, HALVES, EMBEDDING, HEAD, SMALL, OTHER)
-# Parts of a quantized linear, by the last part of a tensor's name in either layout.
+# Parts of a quantized linear, by the last part of a tensor's name in any layout.
 PARTS = {
     "qweight": "codes", "codes": "codes", "scales": "scales", "qzeros": "zero points", "zeros": "zero points",
     "minima": "zero points", "kept_weight": "columns kept in 16 bit", "kept_columns": "columns kept in 16 bit",
+    "B": "codes", "s": "scales", "scaled_zeros": "zero points", "g_idx": "shape and order",
+    "weight_packed": "codes", "weight_scale": "scales", "weight_zero_point": "zero points",
+    "weight_shape": "shape and order", "weight_g_idx": "shape and order",
     "grid": "shape and order", "group_index": "shape and order", "input_scale": "shape and order",
 }  # fmt: skip
 

@@ -61,7 +61,7 @@ def load(
     device_map: DeviceMap | None = None,
     max_memory: MaxMemory | None = None,
 ) -> Model:
-    """Open a model: a halfbyte or AutoAWQ GEMM checkpoint, or an unquantized Hugging Face folder.
+    """Open a model: a checkpoint in a layout of `halfbyte.formats`, or an unquantized Hugging Face folder.
 
     Args:
         path: a folder, "sample:NAME", a hub name, or one of these with @METHOD, such as "sample:smollm2-135m@awq":

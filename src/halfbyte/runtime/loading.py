@@ -81,7 +81,7 @@ def load_model(
     device_map: DeviceMap | None = None,
     max_memory: MaxMemory | None = None,
 ) -> LoadedModel:
-    """Open a model folder, quantized (AutoAWQ GEMM or halfbyte's own layout) or not.
+    """Open a model folder, quantized (in a layout of `halfbyte.formats`) or not.
 
     Args:
         folder: a Hugging Face folder.
@@ -116,7 +116,7 @@ def load_model(
     linears = [] if layout is None else _quantized_linears(checkpoint, layout)
     network = build_skeleton(str(folder), _stored_dtype(checkpoint, linears))
     if layout is not None and not linears:
-        raise CheckpointError(f"{folder}: config.json announces quantized linears, the files hold none")
+        raise CheckpointError(f"{folder}: its config announces quantized linears, the files hold none")
     needs = _needs_transformers(options, device_map, max_memory)
     record = needs if needs and backend == "auto" else _record(network, checkpoint, where, backend)
     if needs and backend == DECODER:
@@ -219,7 +219,9 @@ class _Builder:
         on_cpu = not torch.cuda.is_available() or (max_memory is not None and set(max_memory) == {"cpu"})
         sizes: Counter[str] = Counter()
         for name, stored in self.places.items():
-            sizes[stored.parameter] += packed_bytes(self.checkpoint, name, self.shapes[name], on_cpu=on_cpu)
+            assert self.layout is not None
+            size = packed_bytes(self.checkpoint, self.layout, name, self.shapes[name], on_cpu=on_cpu)
+            sizes[stored.parameter] += size
         return sizes
 
     def run(self, where: Placement) -> tuple[TransformersEngine, Fusion | None]:

@@ -19,6 +19,7 @@ from torch import nn
 from halfbyte.checkpoints.reader import Checkpoint
 from halfbyte.device.torch_device import pick_device
 from halfbyte.errors import ConfigError, UnsupportedError
+from halfbyte.formats.layouts import Layout
 
 DeviceMap = str | Mapping[str, int | str | torch.device]
 MaxMemory = Mapping[int | str, int | str]
@@ -156,17 +157,18 @@ def spread(network: Any, packed: Mapping[str, int], strategy: str, max_memory: M
     return Placement({path: torch.device(_device_name(value)) for path, value in found.items()})
 
 
-def packed_bytes(checkpoint: Checkpoint, name: str, shape: tuple[int, int], *, on_cpu: bool) -> int:
+def packed_bytes(checkpoint: Checkpoint, layout: Layout, name: str, shape: tuple[int, int], *, on_cpu: bool) -> int:
     """Bytes of a quantized linear in memory, at most.
 
     Args:
         checkpoint: where it is.
+        layout: it is stored in.
         name: on disk, without ".weight".
         shape: [out, in].
         on_cpu: codes of 4 bits are packed there; torch's kernel, on a GPU, holds a byte each.
     """
-    groups = math.prod(checkpoint.info(f"{name}.scales").shape)
-    half = on_cpu and f"{name}.qweight" in checkpoint  # of AutoAWQ's layout the bits are known without reading
+    groups = math.prod(checkpoint.info(f"{name}.{layout.scales}").shape)
+    half = on_cpu and layout.bits == 4  # halfbyte's own layout says its bits only in a tensor
     return shape[0] * shape[1] // (2 if half else 1) + 8 * groups + 4 * shape[0]
 
 
