@@ -7,7 +7,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from halfbyte.checkpoints.reader import DTYPES, Checkpoint
+from halfbyte.checkpoints.reader import DTYPES, Checkpoint, read_config
 from halfbyte.errors import CheckpointError, ModelNotFoundError
 
 
@@ -50,6 +50,19 @@ def test_shards_are_found_through_the_index(tmp_path: Path) -> None:
     assert checkpoint.read("b").tolist() == [0, 0, 0]
     with pytest.raises(CheckpointError, match="^tensor c: not in"):
         checkpoint.read("c")
+
+
+@pytest.mark.parametrize("name", ["quant_config.json", "quantize_config.json"])
+def test_the_old_file_of_a_quantized_model_becomes_a_section(tmp_path: Path, name: str) -> None:
+    (tmp_path / "config.json").write_text('{"model_type": "x"}')
+    (tmp_path / name).write_text('{"w_bit": 4}')
+    assert read_config(tmp_path) == {"model_type": "x", "quantization_config": {"w_bit": 4}}
+    (tmp_path / "config.json").write_text('{"quantization_config": {"bits": 4}}')
+    assert read_config(tmp_path) == {"quantization_config": {"bits": 4}}
+    (tmp_path / "config.json").write_text("{}")
+    (tmp_path / name).write_text("[]")
+    with pytest.raises(CheckpointError, match=f"{name}: expected a JSON object, found list"):
+        read_config(tmp_path)
 
 
 def test_no_folder(tmp_path: Path) -> None:

@@ -16,10 +16,12 @@ import torch
 from halfbyte.checkpoints.header import DTYPES, TensorInfo, read_header, shown
 from halfbyte.errors import CheckpointError, ModelNotFoundError
 
-__all__ = ["DTYPES", "Checkpoint", "TensorInfo", "read_header", "read_json_object"]
+__all__ = ["DTYPES", "Checkpoint", "TensorInfo", "read_config", "read_header", "read_json_object"]
 
 # config.json and the index are text for people; larger ones are not theirs.
 MAX_JSON_BYTES = 100_000_000
+# Where quantization_config stood before config.json had one, in the order vLLM looks for them.
+OLD_QUANTIZATION_FILES = ("quant_config.json", "quantize_config.json")
 
 
 class Checkpoint:
@@ -27,7 +29,7 @@ class Checkpoint:
 
     Attributes:
         folder: the folder.
-        config: config.json as a dictionary.
+        config: config.json as a dictionary (`read_config`).
     """
 
     def __init__(self, folder: Path, config: dict[str, Any], tensors: dict[str, TensorInfo]):
@@ -48,7 +50,7 @@ class Checkpoint:
             raise ModelNotFoundError(f"{folder}: no such folder")
         if not _is_file(folder / "config.json"):
             raise CheckpointError(f"{folder}: has no config.json; expected a Hugging Face model folder")
-        config = read_json_object(folder / "config.json")
+        config = read_config(folder)
         index = folder / "model.safetensors.index.json"
         # transformers takes the single file first, too: the index beside it may be left over.
         if _is_file(folder / "model.safetensors"):
@@ -108,6 +110,20 @@ class Checkpoint:
         if done != info.nbytes:
             raise CheckpointError(f"{info.file}: ended inside tensor {shown(name)}; it changed while it was open")
         return tensor
+
+
+def read_config(folder: Path) -> dict[str, Any]:
+    """config.json of a model folder, with what old AutoAWQ and AutoGPTQ wrote beside it as its quantization_config.
+
+    Raises:
+        CheckpointError: a file is unreadable, not JSON, or not an object.
+    """
+    config = read_json_object(folder / "config.json")
+    if "quantization_config" not in config:
+        for name in OLD_QUANTIZATION_FILES:
+            if _is_file(folder / name):
+                return {**config, "quantization_config": read_json_object(folder / name)}
+    return config
 
 
 def read_json_object(path: Path) -> dict[str, Any]:

@@ -16,7 +16,7 @@ import torch
 
 from halfbyte.architectures.skeleton import build_skeleton
 from halfbyte.architectures.tokenizer import load_tokenizer
-from halfbyte.checkpoints.reader import Checkpoint, read_json_object
+from halfbyte.checkpoints.reader import Checkpoint, read_config, read_json_object
 from halfbyte.checkpoints.sources import resolve_model
 from halfbyte.device.cpu import cpu_info, pick_tier, thread_count
 from halfbyte.device.torch_device import pick_device
@@ -160,7 +160,7 @@ class _Contestant:
         self.folder = resolve_model(name if request is None else request.model)
         self.on_the_fly = request is not None
         self.calibrated = request is not None and request.config.calibrated
-        stored = "quantization_config" in read_json_object(self.folder / "config.json")
+        stored = "quantization_config" in read_config(self.folder)
         if stored and self.nf4:
             raise UnsupportedError(f"{self.name}: the model is quantized already; give the 16-bit model it came from")
         self.quantized = stored or self.nf4 or self.on_the_fly
@@ -214,7 +214,7 @@ class _Contestant:
         if manifest.is_file():
             document = read_json_object(manifest)
             return {key: document.get(key) for key in ("model", "config", "calibration")}
-        stored: dict[str, Any] | None = read_json_object(self.folder / "config.json").get("quantization_config")
+        stored: dict[str, Any] | None = read_config(self.folder).get("quantization_config")
         return stored
 
 

@@ -20,7 +20,7 @@ from typing import Any
 
 from halfbyte.checkpoints.cache import cache_folder
 from halfbyte.checkpoints.disk import writes_explained
-from halfbyte.checkpoints.reader import read_json_object
+from halfbyte.checkpoints.reader import read_config
 from halfbyte.checkpoints.sources import HUB_PATTERNS, resolve_model
 from halfbyte.errors import ConfigError, UnsupportedError
 from halfbyte.quantization.config import METHODS, SPELLINGS, QuantConfig
@@ -128,7 +128,7 @@ def quantized_copy(
         UnsupportedError: the model is quantized already.
         HalfbyteError: it cannot be quantized so, or the cache cannot be written.
     """
-    if "quantization_config" in read_json_object(folder / "config.json"):
+    if "quantization_config" in read_config(folder):
         raise UnsupportedError(
             f"{folder}@{config.method}: the model is quantized already; give the 16-bit model it came from, "
             f"or leave @{config.method} out"
