@@ -35,6 +35,16 @@ def test_a_page_of_a_checkpoint_and_of_what_others_wrote(quantized_llama: Path, 
     assert {Path(file).name for file in document["files"]} == {"page.html", *_names(tmp_path / "out")}
 
 
+def test_lessons_alone_make_a_page(tmp_path: Path) -> None:
+    arguments = ["report", "-o", str(tmp_path / "page.html"), "--lesson", "gpu", "--lesson", "packing", "--json"]
+    result = RUNNER.invoke(app, arguments)
+    assert result.exit_code == 0, result.exception
+    document = json.loads(result.stdout)
+    assert [lesson["lesson"] for lesson in document["lessons"]] == ["gpu", "packing"]
+    assert document["title"] == "Lessons"
+    assert (tmp_path / "page.html").is_file()
+
+
 def test_compare_writes_a_page_of_every_quantized_model(
     tiny_llama: Path, quantized_llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -59,6 +69,7 @@ def test_bad_input_is_refused_before_any_work(tmp_path: Path, quantized_llama: P
         (["report", model, "-o", str(tmp_path)], OutputError, "is a folder; give a file"),
         (["report", model, "-o", str(tmp_path / "no" / "x.html")], OutputError, "is no folder; make it first"),
         (["report", model, *page, "--output-dir", str(tmp_path / "taken")], OutputError, "is a file; name a folder"),
+        (["report", model, *page, "--lesson", "cooking"], ConfigError, "cooking: no such lesson; there are packing"),
         (["report", *page], ConfigError, "expected a model, a comparison"),
         (["report", *page, "--profile", str(tmp_path / "none.json")], ConfigError, "no such file"),
         (["report", *page, "--profile", str(tmp_path / "taken")], CheckpointError, "not valid JSON"),

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
+from halfbyte.explain.lesson import Chart, Check, Drawing, Lesson, Series, Step, Table, Text, cells
+
 
 def comparison() -> dict[str, Any]:
     """Of two models, the first with no speed and no interval."""
@@ -54,3 +56,18 @@ def speculation() -> dict[str, Any]:
         "draft": "int4", "drafted": 40, "accepted": 30, "emitted": 40, "passes": 10, "proposed_at": [10, 10, 10, 10],
         "accepted_at": [10, 8, 7, 5], "draft_seconds": 0.5, "verify_seconds": 0.8, "sampler_seconds": 0.01,
     }  # fmt: skip
+
+
+def lesson() -> dict[str, Any]:
+    """A lesson with a block of every kind, as `Lesson.to_dict` gives it."""
+    chart = Chart(
+        "A curve", "x", "y", (0.0, 1.0, 2.0), (Series("one", (1.0, None, 2.0)), Series("two", (0.0, 1.0, 0.5)))
+    )
+    blocks = (
+        Text("Two\n\nparagraphs."),
+        Check("One is one."),
+        Table("", ("head",), (cells("cell"),)),
+        Drawing("Lines", (cells("a", "b"),)),
+        chart,
+    )
+    return Lesson("made", "Made up", "Nothing is learned.", "en", (Step("only", "The only step", blocks),)).to_dict()

@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 
+from halfbyte.explain.lessons import Options, explain
 from halfbyte.report import Report, build_report
 from tests.conftest import TEXT
 from tests.report import documents
@@ -31,6 +32,7 @@ def report(quantized_llama: Path) -> Report:
         comparison=documents.comparison(),
         profile=documents.profile(),
         speculation={"run": documents.speculation()},
+        lessons=[explain("packing", Options(progress=False)).to_dict(), documents.lesson()],
         calibration=[TEXT],
         n_samples=2,
         progress=False,
@@ -99,7 +101,7 @@ def column(browser: Any, section: str, place: int) -> list[str]:
 def test_everything_is_there(page: Any) -> None:
     headings = [node.text for node in page.find_elements(By.CSS_SELECTOR, "h2")]
     assert headings == [
-        "Summary", "Comparison", "Layers", "Profile and roofline", "Speculative decoding", "Manifest"
+        "Summary", "Comparison", "Layers", "Profile and roofline", "Speculative decoding", "Manifest", "Lessons"
     ]  # fmt: skip
     links = page.find_elements(By.CSS_SELECTOR, "nav a")
     assert [link.text for link in links] == headings
@@ -228,15 +230,41 @@ def test_hostile_names_are_shown_and_not_run(browser: Any, report: Report, tmp_p
     model["columns"]["kind"] = [f"{HOSTILE}{kind}" for kind in model["columns"]["kind"]]
     model["name"] = data["comparison"]["names"][0] = data["comparison"]["verdicts"][0] = HOSTILE
     data["notes"] = [HOSTILE]
+    data["lessons"][1]["steps"][0]["blocks"][1]["statement"] = HOSTILE
     model["manifest"]["warnings"] = [HOSTILE]
     open_report(browser, Report(HOSTILE, data), tmp_path)
     page = browser
     page.find_elements(By.CSS_SELECTOR, "[role=gridcell]")[0].click()
     assert find(page, "#panel-title").text == f"{HOSTILE}model.layers.0.self_attn.q_proj"
+    find(page, "#panel").send_keys(Keys.ESCAPE)
+    page.find_elements(By.CSS_SELECTOR, "#lessons summary")[1].click()
+    assert HOSTILE in find(page, "#lesson-made").text
     assert page.title == HOSTILE
     assert page.find_elements(By.CSS_SELECTOR, "img") == []
     assert len(page.find_elements(By.CSS_SELECTOR, "script")) == 2
     assert_quiet(page)
+
+
+def test_a_lesson_is_drawn_when_it_is_opened(page: Any) -> None:
+    assert page.find_elements(By.CSS_SELECTOR, "#lessons h3") == []
+    first, second = page.find_elements(By.CSS_SELECTOR, "#lessons summary")
+    first.click()
+    packing = find(page, "#lesson-packing")
+    told = explain("packing", Options(progress=False))
+    assert [node.text for node in packing.find_elements(By.CSS_SELECTOR, "h3")] == [step.heading for step in told.steps]
+    checked = [node.text for node in packing.find_elements(By.CSS_SELECTOR, ".check")]
+    assert checked == [f"✓ {' '.join(check.split())}" for check in told.checks]
+    assert "halfbyte explain kernel" in [node.text for node in packing.find_elements(By.CSS_SELECTOR, "p code")]
+    marks = {node.value_of_css_property("color") for node in packing.find_elements(By.CSS_SELECTOR, "pre b")}
+    assert len(marks) == 8
+    first.click()
+    first.click()
+    assert len(packing.find_elements(By.CSS_SELECTOR, "h3")) == len(told.steps)
+    second.click()
+    made = find(page, "#lesson-made")
+    assert made.find_element(By.CSS_SELECTOR, "td").text == "cell"
+    assert made.find_element(By.CSS_SELECTOR, "figcaption").text.startswith("A curve")
+    assert "NaN" not in made.get_attribute("innerHTML")
 
 
 def test_parts_that_are_missing_leave_no_gap(browser: Any, tmp_path: Path) -> None:

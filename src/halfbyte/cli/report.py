@@ -39,6 +39,10 @@ def command(
         list[Path] | None,
         typer.Option(help="Likewise: what `halfbyte generate --draft D --json` printed; may be given several times."),
     ] = None,
+    lesson: Annotated[
+        list[str] | None,
+        typer.Option(help="Append this lesson of `halfbyte explain`, or all of them; may be given several times."),
+    ] = None,
     output_dir: Annotated[
         Path | None, typer.Option(help="Also write every table as CSV, every figure as PNG, and report.json here.")
     ] = None,
@@ -53,6 +57,7 @@ def command(
     """
     check_outputs(output, output_dir, option="--output")
     documents = {"comparison": _document(comparison), "profile": _document(profile)}
+    lessons = _lessons(lesson or [], progress=not json)
     runs = {path.stem: _document(path) for path in speculation or []}
     from halfbyte.report.build import build_report
 
@@ -61,6 +66,7 @@ def command(
         reference,
         **documents,
         speculation=runs,
+        lessons=lessons,
         calibration=calibration,
         n_samples=n_samples,
         activations=not no_activations,
@@ -71,6 +77,17 @@ def command(
         print_json({**report.to_dict(), **written})
     else:
         print_written(written)
+
+
+def _lessons(names: list[str], *, progress: bool) -> list[dict[str, Any]]:
+    """Run them; a bad name is refused before the first."""
+    from halfbyte.explain.lessons import LESSONS, Options, explain
+
+    chosen = [*LESSONS] if "all" in names else list(dict.fromkeys(names))
+    unknown = [name for name in chosen if name not in LESSONS]
+    if unknown:
+        raise ConfigError(f"--lesson {unknown[0]}: no such lesson; there are {', '.join(LESSONS)}, or all")
+    return [explain(name, Options(progress=progress)).to_dict() for name in chosen]
 
 
 def check_outputs(page: Path | None, folder: Path | None, *, option: str) -> None:

@@ -18,7 +18,7 @@ from halfbyte.quantization.calibration import Calibration
 from halfbyte.quantization.on_the_fly import model_folder
 from halfbyte.report.examined import ExaminedLinear, examine
 from halfbyte.report.html_report import Report
-from halfbyte.report.sections import Document, comparison_section, profile_section, speculation_section
+from halfbyte.report.sections import Document, comparison_section, lessons_section, profile_section, speculation_section
 from halfbyte.report.weight_plots import place_of
 
 # Histograms and curves are kept of so many linears at most, over all models: about 4 kB each, 4 MB together.
@@ -56,6 +56,7 @@ def build_report(
     comparison: Comparison | Document | None = None,
     profile: Profile | Document | None = None,
     speculation: Mapping[str, Document] | None = None,
+    lessons: Sequence[Document] = (),
     calibration: Calibration = "builtin",
     n_samples: int = N_SAMPLES,
     activations: bool = True,
@@ -72,6 +73,7 @@ def build_report(
         profile: what `halfbyte.profile` found, or its `to_dict`.
         speculation: what to call it → counters of a draft (`asdict(Speculation)`), or what `halfbyte generate --draft`
             prints with --json.
+        lessons: `Lesson.to_dict` each, or what `halfbyte explain` prints with --json.
         calibration: text the activations are collected over, as `halfbyte.quantize` takes it.
         n_samples: blocks of 512 tokens of it at most.
         activations: False leaves them out, which saves running the model.
@@ -82,8 +84,10 @@ def build_report(
         ConfigError: nothing to report on, or a document that is something else.
         HalfbyteError: a bad model, reference or text.
     """
-    if model is None and comparison is None and profile is None and not speculation:
-        raise ConfigError("report: expected a model, a comparison, a profile or a draft's counters to report on")
+    if model is None and comparison is None and profile is None and not speculation and not lessons:
+        raise ConfigError(
+            "report: expected a model, a comparison, a profile, a draft's counters or a lesson to report on"
+        )
     sections: dict[str, Any] = {"comparison": None, "profile": None, "speculation": None}
     if comparison is not None:
         sections["comparison"] = comparison_section(_document(comparison))
@@ -102,7 +106,10 @@ def build_report(
         examined, notes = _examine_sides(comparison, settings)
     title = title or _title(examined, sections)
     models = _model_sections(examined)
-    return Report(title, {"version": halfbyte.__version__, **sections, "models": models, "notes": notes})
+    told = lessons_section(lessons)
+    return Report(
+        title, {"version": halfbyte.__version__, **sections, "models": models, "lessons": told, "notes": notes}
+    )
 
 
 def _examine(label: str, model: str | Path, reference: str | Path | None, settings: dict[str, Any]) -> ExaminedModel:
@@ -138,7 +145,9 @@ def _title(examined: Sequence[ExaminedModel], sections: Mapping[str, Any]) -> st
         return " · ".join(sections["comparison"]["names"])
     if examined:
         return f"{Path(examined[0].analysis.model).name} from {examined[0].analysis.reference}"
-    return "Profile" if sections["profile"] is not None else "Speculative decoding"
+    if sections["profile"] is not None:
+        return "Profile"
+    return "Speculative decoding" if sections["speculation"] is not None else "Lessons"
 
 
 def _model_sections(examined: Sequence[ExaminedModel]) -> list[dict[str, Any]]:

@@ -15,7 +15,7 @@ from typing import Any
 from halfbyte.checkpoints.disk import replacing
 
 # In the order they are joined.
-SCRIPTS = ("dom.js", "charts.js", "tables.js", "heatmap.js", "panel.js", "sections.js", "main.js")
+SCRIPTS = ("dom.js", "charts.js", "tables.js", "heatmap.js", "panel.js", "sections.js", "lessons.js", "main.js")
 DIGITS = 5
 
 

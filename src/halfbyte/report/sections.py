@@ -178,6 +178,34 @@ def speculation_section(documents: Mapping[str, Document]) -> list[dict[str, Any
     return found
 
 
+def lessons_section(documents: Sequence[Document]) -> list[dict[str, Any]]:
+    """Lessons, each with at least one step.
+
+    Args:
+        documents: `Lesson.to_dict` of the room `explain`, or what `halfbyte explain LESSON --json` prints.
+
+    Raises:
+        ConfigError: one is something else.
+    """
+    found = []
+    with _of("explain LESSON --json"):
+        for document in documents:
+            steps = [{"heading": _text(step["heading"]), "blocks": list(map(_block, step["blocks"]))}
+                     for step in document["steps"]]  # fmt: skip
+            named = {name: _text(document[name]) for name in ("lesson", "title", "summary", "language")}
+            found.append({**named, "steps": steps})
+    return found
+
+
+def _block(block: Document) -> Document:
+    """As it is, if the page can draw it."""
+    needed = {
+        "text": ("text",), "check": ("statement",), "table": ("caption", "columns", "rows"),
+        "drawing": ("caption", "lines"), "chart": ("caption", "x_label", "y_label", "x", "series"),
+    }[block["kind"]]  # fmt: skip
+    return {"kind": block["kind"], **{name: block[name] for name in needed}}
+
+
 def _text(value: Any) -> str:
     if not isinstance(value, str):
         raise TypeError(f"expected text, got {value!r:.60}")

@@ -128,17 +128,24 @@ function columns({ title, note, values, names, xLabel, yLabel }) {
   return captioned(title, note, area.drawing);
 }
 
+// "B: sample:smollm2-135m@awq" → "B: …m2-135m@awq": the letter and the end are what tell models apart.
+function shortened(name, room) {
+  if (name.length <= room) return name;
+  const letter = /^[A-Z]: /.test(name) ? name.slice(0, 3) : "";
+  return `${letter}…${name.slice(letter.length + 1 - room)}`;
+}
+
 // Level bars with their numbers; spreads: [low, high] drawn as whiskers.
 function bars({ title, note, values, names, spreads = [], text = num, best = null }) {
   const row = 26;
-  const label = Math.min(165, 14 + 6.6 * Math.max(...names.map((name) => name.length)));
+  const label = Math.min(165, 14 + 7 * Math.max(...names.map((name) => name.length)));
   const numbers = 66;
   const highest = Math.max(...known(values), ...known(spreads.flat()), 0) || 1;
   const at = (value) => label + (value / highest) * (WIDTH - label - numbers);
   const drawing = svg("svg", { viewBox: `0 0 ${WIDTH} ${values.length * row + 6}`, role: "img", "aria-label": title });
   values.forEach((value, index) => {
     const y = index * row + 4;
-    const name = names[index].length * 6.6 > label ? `…${names[index].slice(-Math.floor(label / 6.6) + 2)}` : names[index];
+    const name = shortened(names[index], Math.floor((label - 10) / 7));
     drawing.append(svg("text", { x: label - 8, y: y + 14, "text-anchor": "end" }, name, svg("title", {}, names[index])));
     if (value === null) {
       drawing.append(svg("text", { class: "quiet", x: label + 4, y: y + 14 }, "not measured"));

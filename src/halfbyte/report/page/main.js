@@ -29,6 +29,7 @@ if (DATA.models.length) sections.push(layers(DATA.models));
 if (DATA.profile) sections.push(profile(DATA.profile));
 if (DATA.speculation) sections.push(speculation(DATA.speculation));
 if (DATA.models.length || DATA.comparison) sections.push(manifest(DATA));
+if (DATA.lessons.length) sections.push(lessons(DATA.lessons));
 if (sections[0].childElementCount === 1) sections.shift();
 document.getElementById("content").replaceChildren(...sections, el("footer", { class: "quiet" }, `Made by halfbyte ${DATA.version}. This page loads nothing.`));
 document.getElementById("contents").replaceChildren(...sections.map((one) => el("a", { href: `#${one.id}` }, one.querySelector("h2").textContent)));

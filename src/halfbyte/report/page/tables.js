@@ -7,7 +7,8 @@ function sortable({ caption, columns, rows, sorted, tall }) {
   const body = el("tbody");
   const heads = columns.map((column, index) => {
     const button = el("button", { type: "button", title: column.about || null, onclick: () => sort(index) }, column.title);
-    return el("th", { scope: "col", class: column.word ? "word" : null, "aria-sort": "none" }, button);
+    // Chromium repeats a head on every printed page only if there is no button in it.
+    return el("th", { scope: "col", class: column.word ? "word" : null, "aria-sort": "none" }, button, el("span", { class: "printed" }, column.title));
   });
   const entries = rows.map((row) => ({ row, node: null }));
   let by = null;
