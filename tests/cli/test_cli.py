@@ -15,6 +15,7 @@ from pathlib import Path
 
 import pytest
 
+import halfbyte
 from tests.conftest import TEXT
 
 
@@ -305,6 +306,10 @@ def test_doctor_finds_nothing_wrong_here_and_says_what_is_elsewhere() -> None:
 def test_models_list_names_the_sample() -> None:
     assert json.loads(run("models", "list", "--json").stdout)[0]["name"] == "sample:smollm2-135m"
     assert "sample:smollm2-135m" in run("models", "list").stdout
+
+
+def test_the_version() -> None:
+    assert run("--version").stdout == f"halfbyte {halfbyte.__version__}\n"
 
 
 @pytest.mark.parametrize(

@@ -10,6 +10,7 @@ from types import ModuleType
 
 import pytest
 
+from halfbyte.cli import HELP
 from tests.docs.pages import DOCS, PageError, parse, read_pages
 
 
@@ -91,6 +92,12 @@ def test_the_pages_use_verbs_and_options_that_exist() -> None:
         for block in page.blocks:
             if block.language == "sh":
                 assert not unknown_options(block.code), f"docs/{page.path}:{block.line}"
+
+
+def test_the_help_of_halfbyte_uses_verbs_and_options_that_exist() -> None:
+    commands = [line.strip() for line in HELP.splitlines() if line.startswith("  halfbyte ")]
+    assert [command.split()[1] for command in commands] == ["quantize", "generate", "compare", "report"]
+    assert [found for command in commands for found in unknown_options(command)] == []
 
 
 def test_what_does_not_exist_is_found() -> None:

@@ -6,6 +6,7 @@ Only typer is imported here; a verb imports torch when it starts to work, so tha
 from __future__ import annotations
 
 import sys
+from typing import Annotated
 
 import typer
 
@@ -28,15 +29,46 @@ from halfbyte.cli import (
 from halfbyte.cli.render import fail, interruptible
 from halfbyte.errors import HalfbyteError
 
+# \b keeps the lines of a paragraph as they are.
+HELP = """Quantize any Hugging Face causal language model to 4 bits, run it, measure it, and see what happened to it.
+
+\b
+Start with:
+  halfbyte quantize sample:smollm2-135m -o smollm2-4bit
+  halfbyte generate smollm2-4bit "The history of bread"
+  halfbyte compare sample:smollm2-135m smollm2-4bit --quick
+  halfbyte report smollm2-4bit -o report.html
+
+A model is a folder, a name on the Hugging Face hub, or sample:smollm2-135m, which needs no hub.
+"""
+
 app = typer.Typer(
     name="halfbyte",
-    help="Quantize any Hugging Face causal language model to 4 bits, run it, measure it.\n\n"
-    "Start with: halfbyte quantize sample:smollm2-135m -o smollm2-4bit",
+    help=HELP,
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
 )
+
+
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        from halfbyte import __version__
+
+        print(f"halfbyte {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _halfbyte(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version and exit.")
+    ] = False,
+) -> None:
+    """The help is above."""
+
+
 app.command("quantize")(interruptible(quantize.command))
 app.command("generate")(interruptible(generate.command))
 app.command("chat")(interruptible(chat.command))
