@@ -9,7 +9,13 @@ from hypothesis import strategies as st
 
 from halfbyte.errors import CheckpointError, ConfigError, UnsupportedError
 from halfbyte.formats import gemm
-from halfbyte.formats.bits import NATURAL, pack_nibbles, unpack_nibbles, unpack_nibbles_transposed
+from halfbyte.formats.bits import (
+    NATURAL,
+    pack_nibbles,
+    pack_nibbles_transposed,
+    unpack_nibbles,
+    unpack_nibbles_transposed,
+)
 from halfbyte.tensor import QuantizedTensor
 
 
@@ -72,6 +78,7 @@ def test_nibbles_go_round_in_any_order(order: list[int], seed: int) -> None:
     assert torch.equal(unpack_nibbles(pack_nibbles(codes, order), order), codes)
     words = pack_nibbles(codes[0], order)
     assert torch.equal(unpack_nibbles_transposed(words, order), codes[0].T)
+    assert torch.equal(pack_nibbles_transposed(codes[0].T, order), words)
 
 
 def test_one_group_per_row() -> None:

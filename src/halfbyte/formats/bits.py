@@ -36,6 +36,17 @@ def unpack_nibbles(words: torch.Tensor, order: Sequence[int] = NATURAL) -> torch
     return runs.reshape(*words.shape[:-1], -1)
 
 
+def pack_nibbles_transposed(codes: torch.Tensor, order: Sequence[int] = NATURAL) -> torch.Tensor:
+    """`pack_nibbles(codes.T, order)`: uint8 [8·words, columns], each below 16 → int32 [columns, words].
+
+    Eight rows make a row of words, and only those are turned, a quarter of the bytes.
+    """
+    rows = codes.reshape(-1, 8, codes.shape[1])
+    pairs = zip(order[0::2], order[1::2], strict=True)
+    packed = torch.stack([(rows[:, high] << 4) | rows[:, low] for low, high in pairs], dim=-1)
+    return packed.view(torch.int32).squeeze(-1).T.contiguous()
+
+
 def unpack_nibbles_transposed(words: torch.Tensor, order: Sequence[int] = NATURAL) -> torch.Tensor:
     """`unpack_nibbles(words, order).T`, contiguous: int32 [rows, words] → uint8 [8·words, rows].
 

@@ -23,7 +23,7 @@ import torch
 
 from halfbyte.errors import UnsupportedError
 from halfbyte.formats import awq
-from halfbyte.formats.bits import pack_nibbles, unpack_nibbles_transposed
+from halfbyte.formats.bits import pack_nibbles_transposed, unpack_nibbles_transposed
 from halfbyte.formats.checks import BITS, check_others, matrix, no_half, no_place, refuse, whole_groups
 from halfbyte.formats.runs import AWQ_ORDER as ORDER
 from halfbyte.tensor import FLOATS, QuantizedTensor
@@ -79,8 +79,8 @@ def pack(tensor: QuantizedTensor, name: str = "tensor") -> dict[str, torch.Tenso
     """
     refuse(cannot_hold(tensor), tensor, name)
     packed = {
-        "qweight": pack_nibbles(tensor.codes.T.contiguous(), ORDER),
-        "qzeros": pack_nibbles(tensor.zeros.T.contiguous(), ORDER),
+        "qweight": pack_nibbles_transposed(tensor.codes, ORDER),
+        "qzeros": pack_nibbles_transposed(tensor.zeros, ORDER),
         "scales": tensor.scales.T.contiguous().half(),
     }
     if tensor.bias is not None:

@@ -23,10 +23,15 @@ def word_bytes(runs: Any, order: Sequence[int] = NATURAL) -> Any:
     Returns:
         uint8 [..., 4], of the same kind.
     """
-    return (runs[..., list(order[1::2])] << 4) | runs[..., list(order[0::2])]
+    packed = runs[..., :4] & 0
+    # One byte at a time: torch takes three times as long to pick elements by a list.
+    for byte in range(4):
+        packed[..., byte] = (runs[..., order[2 * byte + 1]] << 4) | runs[..., order[2 * byte]]
+    return packed
 
 
 def split_bytes(packed: Any, runs: Any, order: Sequence[int] = NATURAL) -> None:
     """The inverse of `word_bytes`: uint8 [..., 4] `packed` → uint8 [..., 8] `runs`, which is written."""
-    runs[..., list(order[0::2])] = packed & 15
-    runs[..., list(order[1::2])] = packed >> 4
+    for byte in range(4):
+        runs[..., order[2 * byte]] = packed[..., byte] & 15
+        runs[..., order[2 * byte + 1]] = packed[..., byte] >> 4
