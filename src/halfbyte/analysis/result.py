@@ -10,6 +10,7 @@ from typing import Any, Generic, Protocol, TypeVar
 
 from halfbyte.analysis.pair import Pair, PairedMatrix
 from halfbyte.errors import ConfigError
+from halfbyte.notebook import html_table
 from halfbyte.quantization.calibration import Calibration
 
 
@@ -51,6 +52,17 @@ class Analysis(Generic[R]):
             "calibration": self.calibration,
             "layers": [layer.to_dict() for layer in self.layers],
         }
+
+    def _repr_html_(self) -> str:
+        """A row a linear for notebooks, with what of its record is a number or a word."""
+        records = [layer.to_dict() for layer in self.layers]
+        names = [name for name, value in (records[0] if records else {}).items() if not isinstance(value, dict | list)]
+        rows = [[_short(record[name]) for name in names] for record in records]
+        return html_table(names, rows, title=f"{self.model} against {self.reference}")
+
+
+def _short(value: Any) -> str:
+    return "" if value is None else f"{value:.4g}" if isinstance(value, float) else str(value)
 
 
 def analyse(

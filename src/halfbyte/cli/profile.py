@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import statistics
 from collections.abc import Sequence
 from pathlib import Path
@@ -14,9 +13,7 @@ from halfbyte.cli.render import JsonFlag, megabytes, print_json, print_table
 from halfbyte.errors import ConfigError, UnsupportedError
 
 if TYPE_CHECKING:
-    from halfbyte.evaluation.profile_result import LinearSpeed, Profile
-
-_COLUMNS = ("batch", "kernel", "ms", "quartiles", "tokens/s", "TFLOP/s", "GB/s", "roofline", "speed-up", "saved")
+    from halfbyte.evaluation.profile_result import Profile
 
 
 def command(
@@ -101,6 +98,8 @@ def _batch_sizes(first: str | None, more: Sequence[str]) -> list[int] | None:
 
 
 def _print(found: Profile, layers: bool) -> None:
+    from halfbyte.evaluation.profile_result import COLUMNS, cells
+
     where = found.machine if found.threads is None else f"{found.machine}, {found.tier}, {found.threads} threads"
     settings = f"group size {found.group_size}"
     if layers:
@@ -108,9 +107,9 @@ def _print(found: Profile, layers: bool) -> None:
             rows = [row for row in found.rows if row.layer == name]
             if rows[0].out_features is not None:
                 shape = f"{rows[0].out_features:,} × {rows[0].in_features:,}"
-                print_table(_COLUMNS, map(_row, rows), f"{name} ({shape}, {rows[0].count} in a block)")
+                print_table(COLUMNS, map(cells, rows), f"{name} ({shape}, {rows[0].count} in a block)")
     title = f"{found.subject}: all linears of a decoder block; {where}; {settings}"
-    print_table(_COLUMNS, map(_row, found.block), title)
+    print_table(COLUMNS, map(cells, found.block), title)
     print(_footer(found))
 
 
@@ -137,24 +136,3 @@ def _footer(found: Profile) -> str:
             f"{rates[16]:,.1f} in 16; attention, norms and the output head come on top"
         )
     return "\n".join(lines)
-
-
-def _row(row: LinearSpeed) -> Sequence[str]:
-    return (
-        str(row.batch_size),
-        row.implementation,
-        _digits(row.seconds * 1e3),
-        f"{_digits(row.seconds_q25 * 1e3)}–{_digits(row.seconds_q75 * 1e3)}",
-        f"{row.tokens_per_second:,.0f}",
-        _digits(row.flops_per_second / 1e12),
-        f"{row.bytes_per_second / 1e9:.1f}",
-        f"{row.roofline_share:.0%}",
-        f"{row.speedup:.2f} ×",
-        "" if row.bits == 16 else f"{row.memory_saved:.0%}",
-    )
-
-
-def _digits(value: float) -> str:
-    """Three significant ones, without an exponent."""
-    decimals = max(0, 2 - math.floor(math.log10(value)))
-    return f"{value:,.{decimals}f}"

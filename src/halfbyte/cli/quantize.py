@@ -161,37 +161,15 @@ def _parse_duo_scaling(text: str) -> Any:
 
 
 def _print_report(report: Any) -> None:
-    grouped: dict[str, list[Any]] = {}
-    for linear in report.linears:
-        grouped.setdefault(linear.name.rpartition(".")[2], []).append(linear)
-    differ = len({linear.bits for linear in report.linears}) > 1
-    mean_bits = {
-        name: f"{sum(linear.bits for linear in linears) / len(linears):.2f}" for name, linears in grouped.items()
-    }
+    from halfbyte.quantization.report import table
+
+    columns, rows = table(report)
     if report.calibration:
-        stages = ("relative_error_rtn", "relative_error_scaled", "relative_error_ranged", "relative_error")
-        rows = []
-        for name, linears in grouped.items():
-            errors = [sum(getattr(linear, stage) for linear in linears) / len(linears) for stage in stages]
-            clipped = sum(linear.clipped_share for linear in linears) / len(linears)
-            bits = (mean_bits[name],) if differ else ()
-            rows.append((name, len(linears), *bits, *(f"{error:.3%}" for error in errors), f"{clipped:.0%}"))
-        columns = (
-            "linear",
-            "count",
-            *(("mean bits",) if differ else ()),
-            "to nearest",
-            "scaled",
-            "range found",
-            "stored",
-            "groups clipped",
-        )
         print_table(columns, rows, "Mean squared error of the outputs over calibration, relative to their energy")
         used = report.calibration
         print(f"calibration   {used['source']}: {used['blocks']} blocks, {used['tokens']:,} tokens{_counted(used)}")
-    elif differ:
-        counts = [(name, len(linears), mean_bits[name]) for name, linears in grouped.items()]
-        print_table(("linear", "count", "mean bits"), counts, "Bits of a code")
+    elif len(columns) > 2:
+        print_table(columns, rows, "Bits of a code")
     for warning in report.warnings:
         print(f"warning       {warning}")
     print(f"decoder       {megabytes(report.block_bytes_before)} → {megabytes(report.block_bytes_after)}")

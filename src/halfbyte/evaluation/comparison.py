@@ -12,6 +12,7 @@ from typing import Any
 
 from halfbyte.evaluation.bootstrap import Estimate, bootstrap_mean
 from halfbyte.evaluation.throughput import Throughput
+from halfbyte.notebook import html_table
 
 SIGNIFICANT = 0.05
 # Ratios of speeds nearer to 1 are told in per cent.
@@ -158,12 +159,9 @@ class Comparison:
 
     def _repr_html_(self) -> str:
         """A table for notebooks, and the verdicts below it."""
-        columns, rows = table(self)
-        head = "".join(f"<th>{html.escape(column)}</th>" for column in columns)
-        body = "".join(f"<tr>{''.join(f'<td>{html.escape(cell)}</td>' for cell in row)}</tr>" for row in rows)
         notes = [*(["Provisional: a quick comparison."] if self.provisional else []), *self.verdicts]
         listed = "".join(f"<li>{html.escape(note)}</li>" for note in notes)
-        return f"<table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table><ul>{listed}</ul>"
+        return f"{html_table(*table(self))}<ul>{listed}</ul>"
 
 
 def table(comparison: Comparison) -> tuple[list[str], list[list[str]]]:

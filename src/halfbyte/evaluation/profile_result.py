@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from halfbyte.checkpoints.disk import write_csv
+from halfbyte.notebook import html_table
 
 # The name of the rows that add up all linears of a block.
 BLOCK = "block"
+COLUMNS = ("batch", "kernel", "ms", "quartiles", "tokens/s", "TFLOP/s", "GB/s", "roofline", "speed-up", "saved")
 
 
 @dataclass(frozen=True)
@@ -142,6 +146,10 @@ class Profile:
         rows = [{**asdict(row), **{name: getattr(row, name) for name in derived}} for row in self.rows]
         return {**asdict(replace(self, rows=[])), "rows": rows}
 
+    def _repr_html_(self) -> str:
+        """The block's table for notebooks."""
+        return html_table(COLUMNS, map(cells, self.block), title=f"{self.subject}: all linears of a decoder block")
+
     def write_csv(self, path: str | Path) -> None:
         """One line for each row; times in microseconds, rates in 10⁹ and 10¹² per second.
 
@@ -177,3 +185,25 @@ class Profile:
             "bandwidth_gb_per_s": f"{row.bandwidth / 1e9:.4f}",
             "peak_tflop_per_s": f"{row.peak_flops / 1e12:.6f}",
         }
+
+
+def cells(row: LinearSpeed) -> Sequence[str]:
+    """A row for people, under `COLUMNS`."""
+    return (
+        str(row.batch_size),
+        row.implementation,
+        _digits(row.seconds * 1e3),
+        f"{_digits(row.seconds_q25 * 1e3)}–{_digits(row.seconds_q75 * 1e3)}",
+        f"{row.tokens_per_second:,.0f}",
+        _digits(row.flops_per_second / 1e12),
+        f"{row.bytes_per_second / 1e9:.1f}",
+        f"{row.roofline_share:.0%}",
+        f"{row.speedup:.2f} ×",
+        "" if row.bits == 16 else f"{row.memory_saved:.0%}",
+    )
+
+
+def _digits(value: float) -> str:
+    """Three significant ones, without an exponent."""
+    decimals = max(0, 2 - math.floor(math.log10(value)))
+    return f"{value:,.{decimals}f}"

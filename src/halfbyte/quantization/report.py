@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
+from halfbyte.notebook import html_table
 from halfbyte.quantization.config import QuantConfig
 
 MANIFEST_NAME = "halfbyte_manifest.json"
@@ -131,8 +134,41 @@ class QuantizationReport:
             }
         )
 
+    def _repr_html_(self) -> str:
+        """The table of kinds of linears for notebooks, and the size."""
+        columns, rows = table(self)
+        size = f"{self.total_bytes_before / 1e6:,.1f} → {self.total_bytes_after / 1e6:,.1f} MB"
+        return html_table(columns, rows, title=f"{self.output_dir}: {size}, {self.bits_per_weight:.2f} bits a weight")
+
     def to_manifest(self) -> dict[str, Any]:
         """What the checkpoint keeps: the same from any two runs of the same thing, but for `run`."""
         values = {key: value for key, value in self.to_dict().items() if key != "output_dir"}
         measured = {key: values.pop(key) for key in MEASURED}
         return {**values, "run": measured}
+
+
+def table(report: QuantizationReport) -> tuple[list[str], list[list[str]]]:
+    """Columns and rows, one for the linears of the same last name: means of bits, of errors, of groups clipped.
+
+    Errors are E‖ΔW x‖² / E‖W x‖² behind each stage, where there was a calibration; bits where they differ.
+    """
+    grouped: dict[str, list[LinearReport]] = {}
+    for linear in report.linears:
+        grouped.setdefault(linear.name.rpartition(".")[2], []).append(linear)
+    columns: dict[str, Callable[[list[LinearReport]], str]] = {"count": lambda linears: str(len(linears))}
+    if len({linear.bits for linear in report.linears}) > 1:
+        columns["mean bits"] = lambda linears: f"{_mean(linears, 'bits'):.2f}"
+    if report.calibration:
+        columns |= {
+            "to nearest": lambda linears: f"{_mean(linears, 'relative_error_rtn'):.3%}",
+            "scaled": lambda linears: f"{_mean(linears, 'relative_error_scaled'):.3%}",
+            "range found": lambda linears: f"{_mean(linears, 'relative_error_ranged'):.3%}",
+            "stored": lambda linears: f"{_mean(linears, 'relative_error'):.3%}",
+            "groups clipped": lambda linears: f"{_mean(linears, 'clipped_share'):.0%}",
+        }
+    rows = [[name, *(cell(linears) for cell in columns.values())] for name, linears in grouped.items()]
+    return ["linear", *columns], rows
+
+
+def _mean(linears: list[LinearReport], name: str) -> float:
+    return fmean(getattr(linear, name) for linear in linears)
