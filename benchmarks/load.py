@@ -24,6 +24,7 @@ import psutil
 
 from halfbyte.checkpoints.sources import resolve_model
 from halfbyte.cli.render import megabytes, print_table
+from halfbyte.errors import HalfbyteError
 
 
 class Peak(threading.Thread):
@@ -66,7 +67,10 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--one", action="store_true", help="a single round, in this process")
     options = parser.parse_args()
-    folder = resolve_model(options.model)
+    try:
+        folder = resolve_model(options.model)
+    except HalfbyteError as error:
+        parser.error(str(error))
     if options.one:
         print(json.dumps(measure(folder)))
         return

@@ -338,6 +338,7 @@ def test_every_verb_has_help_with_an_example(verb: str) -> None:
         (["chat", "nowhere", "--repetition-penalty", "0"], "repetition_penalty: expected more than 0"),
         (["eval", "nowhere", "--data", "none.txt"], "data none.txt: cannot be read"),
         (["quantize", "nowhere", "-o", "out"], "nowhere: no such folder"),
+        (["quantize", "nowhere@awq-l2", "-o", "out"], "try: halfbyte quantize nowhere -o out --method awq-l2"),
         (["quantize", "nowhere", "-o", "out", "--bits", "5"], "bits: "),
         (["quantize", "nowhere", "-o", "out", "--method", "rtn", "--propagate"], "propagate: method rtn looks at no"),
         (["quantize", "nowhere", "-o", "out", "--bits", "3", "--target-bits", "4"], "bits: target_bits chooses"),

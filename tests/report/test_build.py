@@ -216,3 +216,10 @@ def _text(folder: Path) -> Path:
     path = folder / "text.txt"
     path.write_text(TEXT[:2400], encoding="utf-8")
     return path
+
+
+def test_a_folder_of_this_machine_is_not_told(tiny_llama: Path, quantized_llama: Path) -> None:
+    report = build_report(quantized_llama, activations=False, progress=False)
+    assert tiny_llama.is_absolute()
+    assert report.data["models"][0]["reference"] == tiny_llama.name
+    assert report.title == f"{quantized_llama.name} from {tiny_llama.name}"

@@ -104,6 +104,14 @@ def command(
         modules_to_not_convert=tuple(skip or ()),
     )
     from halfbyte import quantize
+    from halfbyte.quantization.on_the_fly import parse_copy_request
+
+    copy = parse_copy_request(model)
+    if copy is not None:
+        raise ConfigError(
+            f"{model}: quantize takes the 16-bit model; try: halfbyte quantize {copy.model} -o {output} "
+            f"--method {copy.config.method}"
+        )
     from halfbyte.quantization.calibration import read_documents
 
     text: Any = (

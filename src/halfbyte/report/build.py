@@ -144,10 +144,15 @@ def _title(examined: Sequence[ExaminedModel], sections: Mapping[str, Any]) -> st
     if sections["comparison"] is not None:
         return " · ".join(sections["comparison"]["names"])
     if examined:
-        return f"{Path(examined[0].analysis.model).name} from {examined[0].analysis.reference}"
+        return f"{Path(examined[0].analysis.model).name} from {_shown(examined[0].analysis.reference)}"
     if sections["profile"] is not None:
         return "Profile"
     return "Speculative decoding" if sections["speculation"] is not None else "Lessons"
+
+
+def _shown(name: str) -> str:
+    """A page is sent to others: of a folder of this machine only the name."""
+    return Path(name).name if Path(name).is_absolute() else name
 
 
 def _model_sections(examined: Sequence[ExaminedModel]) -> list[dict[str, Any]]:
@@ -174,7 +179,7 @@ def _model_section(one: ExaminedModel, allowed: int) -> dict[str, Any]:
     return {
         "label": one.label,
         "name": one.analysis.model,
-        "reference": one.analysis.reference,
+        "reference": _shown(one.analysis.reference),
         "calibration": one.analysis.calibration,
         "limits": {"weights": WEIGHT_LIMIT, "errors": ERROR_LIMIT},
         "columns": columns,
