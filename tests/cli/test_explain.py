@@ -33,9 +33,9 @@ def test_a_lesson_in_a_pipe_is_plain_text_of_a_hundred_columns() -> None:
     assert result.exit_code == 0, result.output
     assert "\x1b" not in result.output
     assert max(len(line.rstrip()) for line in result.output.splitlines()) <= 100
-    assert "1/6  A weight becomes a code" in result.output
+    assert "1/7  A weight becomes a code" in result.output
     assert "0x75316420" in result.output
-    assert "19 statements were checked" in result.output
+    assert "25 statements were checked" in result.output
 
 
 @pytest.mark.parametrize(("lang", "heading"), [("vi", "trở thành một mã"), ("zh_TW", "權重變成")])
@@ -81,18 +81,18 @@ def test_steps_wait_for_a_key_and_q_ends() -> None:
     process = subprocess.Popen(command, stdin=terminal, stdout=terminal, stderr=terminal, env=environment)
     os.close(terminal)
     first = _read_until(controller, "q to end]")
-    assert "1/6" in first
-    assert "2/6" not in _read_until(controller, "2/6", 1)  # no key yet
+    assert "1/7" in first
+    assert "2/7" not in _read_until(controller, "2/7", 1)  # no key yet
     # A key that comes before the program listens is dropped, as terminals do.
     second = ""
-    while "2/6" not in second and process.poll() is None:
+    while "2/7" not in second and process.poll() is None:
         os.write(controller, b" ")
-        second += _read_until(controller, "2/6", 1)
-    assert "2/6" in second
+        second += _read_until(controller, "2/7", 1)
+    assert "2/7" in second
     rest = second
     while process.poll() is None:
         os.write(controller, b"q")
         rest += _read_until(controller, "never", 0.5)
-    assert "6/6" not in rest
+    assert "7/7" not in rest
     assert process.returncode == 0
     os.close(controller)

@@ -10,8 +10,9 @@ from pathlib import Path
 import pytest
 
 from halfbyte.errors import ConfigError, UnsupportedError
-from halfbyte.explain.lesson import Drawing, Lesson, LessonError, Table
+from halfbyte.explain.lesson import Check, Drawing, Lesson, LessonError, Table
 from halfbyte.explain.lessons import LESSONS, Options, explain, list_lessons
+from halfbyte.explain.packing_others import WORDS
 
 SYNTHETIC = [name for name in LESSONS if name != "awq"]
 
@@ -56,6 +57,16 @@ def test_a_lesson_is_told_on_a_real_layer(name: str, layer: str, tiny_llama: Pat
 @pytest.mark.sample
 def test_awq_on_the_sample_model(sample_folder: Path) -> None:
     assert_sound(tell("awq", model=str(sample_folder), layer="model.layers.0.self_attn.q_proj"))
+
+
+def test_every_layout_goes_full_circle_where_it_can_hold_the_matrix() -> None:
+    def layouts(**shape: int) -> set[str]:
+        (step,) = [step for step in tell("packing", verify=True, **shape).steps if step.name == "verify"]
+        said = [block.statement for block in step.blocks if isinstance(block, Check)]
+        return {one.partition(":")[0] for one in said if "begins with the word" in one}
+
+    assert layouts(n=256, k=128) == {word.layout for word in WORDS} - {"AutoAWQ GEMM"}
+    assert layouts(n=8, k=32) == {"AutoAWQ GEMV", "GPTQ", "compressed-tensors"}
 
 
 @pytest.mark.parametrize(

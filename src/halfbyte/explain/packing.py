@@ -14,6 +14,7 @@ from halfbyte.explain.cpu_layout import BLOCK_ROWS, NIBBLE_INPUT, OCTET, a8_byte
 from halfbyte.explain.lesson import Row, Span, Step, number
 from halfbyte.explain.lessons import Options
 from halfbyte.explain.matrix import Matrix, read_matrix
+from halfbyte.explain.packing_others import others
 from halfbyte.explain.writing import StepWriter
 from halfbyte.formats.runs import AWQ_ORDER, NATURAL, split_bytes, word_bytes
 
@@ -37,6 +38,7 @@ def tell(options: Options, messages: Messages) -> Iterator[Step]:
     yield _codes(step("codes"), matrix)
     yield _stream(step("stream"), matrix)
     yield _gemm(step("gemm"), matrix)
+    yield others(step("others"), matrix)
     yield _kernel(step("kernel"), matrix)
     yield _memory(step("memory"), matrix)
     yield _bytes(step("bytes"), matrix)

@@ -5,13 +5,19 @@ The only part of the lesson that imports torch.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from dataclasses import replace
+
 import torch
 
 from halfbyte.explain.lesson import Row, Step, number
 from halfbyte.explain.matrix import Matrix
 from halfbyte.explain.packing import disk_bytes
+from halfbyte.explain.packing_others import WORDS, Word
 from halfbyte.explain.writing import StepWriter
-from halfbyte.formats import gemm, native
+from halfbyte.formats import compressed_tensors, gemm, gemv, gemv_fast, gptq, marlin, native
+from halfbyte.formats.compressed_tensors import CompressedTensorsConfig
+from halfbyte.formats.runs import NATURAL, word_bytes
 from halfbyte.kernels.w4a16 import prepare
 from halfbyte.quantization.grid import Grid
 from halfbyte.tensor import QuantizedTensor
@@ -23,7 +29,7 @@ BF16 = 2.0**-8
 
 @torch.no_grad()
 def verified(write: StepWriter, matrix: Matrix, rows: int) -> Step:
-    """Quantizer, both layouts on disk, and 16-bit × 16-bit against 16-bit × INT4 on `rows` rows of activations."""
+    """Quantizer, every layout on disk, and 16-bit × 16-bit against 16-bit × INT4 on `rows` rows of activations."""
     outputs, inputs = matrix.shape
     write.say(m=rows, n=outputs, k=inputs)
     weight = torch.from_numpy(matrix.weight)
@@ -34,6 +40,9 @@ def verified(write: StepWriter, matrix: Matrix, rows: int) -> Step:
     write.check("stream", _same(native.unpack(stream), tensor))
     sizes = {"gemm": _bytes(packed), "stream": _bytes(stream)}
     write.check("sizes", sizes == disk_bytes(matrix), **sizes)
+    for word, parts, back, expected in _circles(tensor):
+        first = parts[word.tensor].numpy().tobytes()[:4] == word_bytes(word.codes(matrix), NATURAL).tobytes()
+        write.check("other", first and _same(back, expected), layout=word.layout)
 
     x = torch.randn(rows, inputs, generator=torch.Generator().manual_seed(7)).bfloat16()
     half = weight.bfloat16()
@@ -54,6 +63,31 @@ def verified(write: StepWriter, matrix: Matrix, rows: int) -> Step:
     half_error, int4_error = _error(products["half"][0], exact), _error(y, exact)
     write.check("rounding", int4_error > half_error, ratio=int4_error / half_error)
     return write.step()
+
+
+def _circles(
+    tensor: QuantizedTensor,
+) -> Iterator[tuple[Word, dict[str, torch.Tensor], QuantizedTensor, QuantizedTensor]]:
+    """Of the layouts that can hold the matrix: first word, what is stored, what comes back, and what should.
+
+    Marlin has no zero points: its matrix has the same codes, and 8 for all of them.
+    """
+    size = tensor.group_size
+    symmetric = replace(tensor, zeros=torch.full_like(tensor.zeros, 8))
+    words = {word.layout: word for word in WORDS}
+    if gemv.cannot_hold(tensor) is None:
+        packed = gemv.pack(tensor)
+        yield words["AutoAWQ GEMV"], packed, gemv.unpack(packed, group_size=size), tensor
+    if gemv_fast.cannot_hold(tensor) is None:
+        packed = gemv_fast.pack(tensor)
+        yield words["AutoAWQ GEMV_FAST, llm-awq"], packed, gemv_fast.unpack(packed, group_size=size), tensor
+    packed = gptq.pack(tensor)
+    yield words["GPTQ"], packed, gptq.unpack(packed, config=gptq.GptqConfig(size, 2, False)), tensor
+    packed, asymmetric = compressed_tensors.pack(tensor), CompressedTensorsConfig((size,), False, ())
+    yield words["compressed-tensors"], packed, compressed_tensors.unpack(packed, config=asymmetric), tensor
+    if marlin.cannot_hold(symmetric) is None:
+        packed = marlin.pack(symmetric)
+        yield words["Marlin"], packed, marlin.unpack(packed, group_size=size), symmetric
 
 
 def _same(a: QuantizedTensor, b: QuantizedTensor) -> bool:
