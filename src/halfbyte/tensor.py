@@ -124,6 +124,14 @@ class QuantizedTensor:
         return torch.arange(self.in_features, device=self.codes.device) // self.group_size
 
     @property
+    def has_even_groups(self) -> bool:
+        """Whether each group has as many columns as `group_size` says; the last may be short."""
+        if self.group_index is None:
+            return True
+        counts = torch.bincount(self.group_index, minlength=self.groups)
+        return bool((counts[:-1] == self.group_size).all()) and int(counts[-1]) <= self.group_size
+
+    @property
     def nbytes(self) -> int:
         """Bytes of all parts as they stand here, a byte a code."""
         return sum(part.nbytes for part in self._parts().values())

@@ -10,17 +10,11 @@ from weights import random_weight
 
 from halfbyte.kernels.cuda_layout import code_position, lay_out, restore
 
-pytestmark = pytest.mark.skipif(shutil.which("g++") is None, reason="needs g++ to compile the kernels for the model")
 FP16, BF16 = torch.float16, torch.bfloat16
 # y is rounded to 11 or 8 bits; the sums before that are in fp32.
 ROUNDING = {FP16: 2.0**-11, BF16: 2.0**-8}
 # Kernel, by the most rows of x it is for → numbers of rows to try it with.
 ROWS = {8: (1, 3, 4, 8), 16: (1, 9, 16), 32: (17, 32), 64: (33, 64, 100)}
-
-
-@pytest.fixture(scope="module")
-def machine(tmp_path_factory: pytest.TempPathFactory) -> Machine:
-    return Machine.build(tmp_path_factory.mktemp("cuda"))
 
 
 def check(
@@ -151,6 +145,7 @@ def try_all(machine: Machine) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.skipif(shutil.which("g++") is None, reason="needs g++ to compile the kernels for the model")
 @pytest.mark.parametrize("name", MUTANTS)
 def test_mutants_are_caught(name: str, tmp_path: Path) -> None:
     """The machine is strict enough: most of these would pass unseen on a GPU some of the time."""

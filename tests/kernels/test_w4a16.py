@@ -261,7 +261,7 @@ def test_selection_is_explained() -> None:
 
 
 def test_what_a_kernel_declares_is_what_it_refuses() -> None:
-    narrow = Kernel("narrow", NativeLinear, frozenset({"cpu"}), frozenset({4}), 8, 1, lambda: None, "for this test")
+    narrow = Kernel("narrow", NativeLinear, frozenset({"cpu"}), frozenset({4}), 8, 1, lambda _: None, "for this test")
     assert narrow.refuses(random_weight(16, 64, 32), CPU) is None
     assert "not 3" in str(narrow.refuses(random_weight(16, 64, 32, bits=3), CPU))
     assert "multiple of 8, not 20" in str(narrow.refuses(random_weight(16, 64, 20), CPU))

@@ -39,8 +39,10 @@ class Kernel:
         bits: code widths.
         group_multiple: the group size must be a multiple of this.
         priority: the highest that fits is picked.
-        available: why it cannot run on this machine at all, or None if it can.
+        available: why it cannot run on a device at all, or None if it can.
         summary: one line for people.
+        float_zeros: whether it holds floating minima as well as integer zero points.
+        uneven_groups: whether the groups of columns in any order may differ in size.
     """
 
     name: str
@@ -49,8 +51,10 @@ class Kernel:
     bits: frozenset[int]
     group_multiple: int
     priority: int
-    available: Callable[[], str | None]
+    available: Callable[[torch.device], str | None]
     summary: str
+    float_zeros: bool = True
+    uneven_groups: bool = True
 
     def refuses(self, weight: QuantizedTensor, device: torch.device) -> str | None:
         """Why this kernel cannot hold the weight, or None if it can."""
@@ -60,7 +64,11 @@ class Kernel:
             return f"holds {', '.join(map(str, sorted(self.bits)))} bits, not {weight.bits}"
         if weight.group_size % self.group_multiple and weight.groups > 1:
             return f"needs a group size that is a multiple of {self.group_multiple}, not {weight.group_size}"
-        return self.available()
+        if weight.zeros.is_floating_point() and not self.float_zeros:
+            return "needs integer zero points, not floating minima"
+        if not self.uneven_groups and not weight.has_even_groups:
+            return f"needs {weight.group_size} columns in each group"
+        return self.available(device)
 
 
 @dataclass(frozen=True)

@@ -1,7 +1,9 @@
 """The W4A16 linear: y [..., out] = x [..., in] · Ŵᵀ + bias, x and y in bf16, fp16 or fp32, Ŵ in integer codes.
 
-Three implementations of one contract, each of which honours every field of `QuantizedTensor`:
+Implementations of one contract, each of which honours every field of `QuantizedTensor` that it does not refuse:
 
+    cuda       halfbyte's own CUDA C++ (native/cuda/w4a16_gemm.cu), NVIDIA GPUs from Ampere on: codes of 2 to 4 bits
+               stay packed and meet fp16 or bf16 in the tensor cores
     native     halfbyte's own C++ (native/cpu/w4_kernel.hpp), CPU: codes stay packed, arithmetic in fp32. Codes of 2 to
                4 bits take 4 bits, those of 5 to 8 bits a byte; columns kept in 16 bit stay in 16 bit
     torch      any device: Ŵ formed anew for each call in x's dtype, then torch's matrix product
@@ -10,6 +12,8 @@ Three implementations of one contract, each of which honours every field of `Qua
 
 from __future__ import annotations
 
+import functools
+import warnings
 from typing import Any
 
 import torch
@@ -111,7 +115,20 @@ class ReferenceLinear(TorchLinear):
         return torch.nn.functional.linear(x.double(), self._weight.dequantize().double(), bias).to(x.dtype)
 
 
-def _native_available() -> str | None:
+def _lay_out_for_cuda(weight: QuantizedTensor, device: torch.device) -> PreparedLinear:
+    from halfbyte.kernels.cuda_linear import CudaLinear
+
+    return CudaLinear(weight, device)
+
+
+def _cuda_available(device: torch.device) -> str | None:
+    from halfbyte.kernels.cuda_build import unavailable
+
+    return unavailable(device)
+
+
+def _native_available(device: torch.device) -> str | None:
+    del device
     try:
         from halfbyte import _native  # noqa: F401
     except ImportError as error:
@@ -119,12 +136,18 @@ def _native_available() -> str | None:
     return None
 
 
-def _always_available() -> None:
-    return None
+def _always_available(device: torch.device) -> None:
+    del device
 
 
 ANY_BITS = frozenset(range(2, 9))
+CUDA = Kernel(
+    "cuda", _lay_out_for_cuda, frozenset({"cuda"}), frozenset({2, 3, 4}), group_multiple=32, priority=100,
+    available=_cuda_available, summary="CUDA C++ on tensor cores, codes stay packed in 4 bits",
+    float_zeros=False, uneven_groups=False,
+)  # fmt: skip
 KERNELS = [
+    CUDA,
     Kernel(
         "native", NativeLinear, frozenset({"cpu"}), ANY_BITS, group_multiple=1, priority=100,
         available=_native_available, summary="C++ on the CPU, codes stay packed in 4 or 8 bits",
@@ -143,12 +166,21 @@ KERNELS = [
 def prepare(weight: QuantizedTensor, *, backend: str = "auto", device: torch.device) -> tuple[Kernel, PreparedLinear]:
     """Lay a weight out for the fastest kernel that fits, or the one named.
 
+    Warns, once for each reason, where a GPU's own kernel was passed over.
+
     Raises:
         ConfigError: no kernel of that name.
         UnsupportedError: it, or every one, refuses the weight.
     """
     kernel = pick(weight, device, KERNELS, backend)
+    if backend == "auto" and device.type == "cuda" and kernel is not CUDA:
+        _tell_why(kernel.name, CUDA.refuses(weight, device))
     return kernel, kernel.prepare(weight, device)
+
+
+@functools.cache
+def _tell_why(picked: str, reason: str | None) -> None:
+    warnings.warn(f"4-bit linears run on backend {picked}: the CUDA kernel {reason}", stacklevel=4)
 
 
 def verdicts(weight: QuantizedTensor, device: torch.device) -> list[Verdict]:

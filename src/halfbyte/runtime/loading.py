@@ -17,6 +17,7 @@ from halfbyte.checkpoints.reader import Checkpoint
 from halfbyte.errors import CheckpointError, ConfigError, UnsupportedError
 from halfbyte.formats.layouts import Layout, read_layout
 from halfbyte.kernels.decoder_linear import COMPUTE_MODES
+from halfbyte.kernels.w4a16 import CUDA
 from halfbyte.runtime.compute_dtype import prepare_for_cpu
 from halfbyte.runtime.decoder import CACHE_TYPES, NativeDecoder
 from halfbyte.runtime.decoder_loading import load_decoder
@@ -217,10 +218,11 @@ class _Builder:
     def packed_bytes(self, max_memory: MaxMemory | None) -> dict[str, int]:
         """Parameter → bytes of the codes that will stand for it."""
         on_cpu = not torch.cuda.is_available() or (max_memory is not None and set(max_memory) == {"cpu"})
+        packed = on_cpu or (self.kernel in ("auto", CUDA.name) and CUDA.available(torch.device("cuda")) is None)
         sizes: Counter[str] = Counter()
         for name, stored in self.places.items():
             assert self.layout is not None
-            size = packed_bytes(self.checkpoint, self.layout, name, self.shapes[name], on_cpu=on_cpu)
+            size = packed_bytes(self.checkpoint, self.layout, name, self.shapes[name], packed=packed)
             sizes[stored.parameter] += size
         return sizes
 

@@ -157,7 +157,7 @@ def spread(network: Any, packed: Mapping[str, int], strategy: str, max_memory: M
     return Placement({path: torch.device(_device_name(value)) for path, value in found.items()})
 
 
-def packed_bytes(checkpoint: Checkpoint, layout: Layout, name: str, shape: tuple[int, int], *, on_cpu: bool) -> int:
+def packed_bytes(checkpoint: Checkpoint, layout: Layout, name: str, shape: tuple[int, int], *, packed: bool) -> int:
     """Bytes of a quantized linear in memory, at most.
 
     Args:
@@ -165,10 +165,10 @@ def packed_bytes(checkpoint: Checkpoint, layout: Layout, name: str, shape: tuple
         layout: it is stored in.
         name: on disk, without ".weight".
         shape: [out, in].
-        on_cpu: codes of 4 bits are packed there; torch's kernel, on a GPU, holds a byte each.
+        packed: the kernel keeps codes of 4 bits packed; torch's holds a byte each.
     """
     groups = math.prod(checkpoint.info(f"{name}.{layout.scales}").shape)
-    half = on_cpu and layout.bits == 4  # halfbyte's own layout says its bits only in a tensor
+    half = packed and layout.bits == 4  # halfbyte's own layout says its bits only in a tensor
     return shape[0] * shape[1] // (2 if half else 1) + 8 * groups + 4 * shape[0]
 
 
