@@ -9,6 +9,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from halfbyte.device.timing import Benchmarker, CUDATimer, Timer, profile_scope
     from halfbyte.errors import HalfbyteError
     from halfbyte.evaluation.compare import compare
     from halfbyte.evaluation.comparison import Comparison
@@ -29,6 +30,8 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 _HOMES = {
+    "Benchmarker": "halfbyte.device.timing",
+    "CUDATimer": "halfbyte.device.timing",
     "Chat": "halfbyte.generation.chat",
     "Comparison": "halfbyte.evaluation.comparison",
     "Generation": "halfbyte.generation.loop",
@@ -39,16 +42,20 @@ _HOMES = {
     "QuantizationReport": "halfbyte.quantization.report",
     "QuantizedTensor": "halfbyte.tensor",
     "Report": "halfbyte.report.html_report",
+    "Timer": "halfbyte.device.timing",
     "build_report": "halfbyte.report.build",
     "compare": "halfbyte.evaluation.compare",
     "load": "halfbyte.generation.model",
     "perplexity": "halfbyte.evaluation.perplexity",
     "profile": "halfbyte.evaluation.profile",
+    "profile_scope": "halfbyte.device.timing",
     "quantize": "halfbyte.generation.self_calibration",
     "rejection_sample": "halfbyte.sampling.rejection",
 }
 
 __all__ = [
+    "Benchmarker",
+    "CUDATimer",
     "Chat",
     "Comparison",
     "Generation",
@@ -59,11 +66,13 @@ __all__ = [
     "QuantizationReport",
     "QuantizedTensor",
     "Report",
+    "Timer",
     "build_report",
     "compare",
     "load",
     "perplexity",
     "profile",
+    "profile_scope",
     "quantize",
     "rejection_sample",
 ]
