@@ -78,6 +78,7 @@ def test_one_group_per_row() -> None:
     [
         (random_tensor(0, 12, 64, 32), "has 12 outputs; .* multiple of 8"),
         (random_tensor(0, 8, 48, 48), "groups of 32, 64, and 128 or more, not of 48"),
+        (random_tensor(0, 8, 96, 96), "groups of 32, 64, and 128 or more, not of 96"),
         (random_tensor(0, 8, 136, 136), "has 136 inputs; .* multiple of 32"),
         (random_tensor(0, 8, 96, 64), "96 inputs to be whole groups of 64"),
         (random_tensor(0, 8, 64, 32, group_index=True), "groups of columns that are no neighbours"),

@@ -137,7 +137,7 @@ def test_files_that_contradict_themselves_are_refused(change: dict[str, Any], me
         gemv_fast.unpack({key: t for key, t in packed.items() if t is not None}, group_size=32, name="layer")
 
 
-@pytest.mark.parametrize("zero", [-0.5, 0.3, 15.5, 16.0])
+@pytest.mark.parametrize("zero", [-1.0, -0.5, 0.3, 15.5, 16.0])
 def test_a_product_that_no_zero_point_explains_is_refused(zero: float) -> None:
     packed = gemv_fast.pack(random_tensor(0, 8, 64, 64))
     packed["qzeros"][0, 5] = -zero * packed["scales"][0, 5].float()

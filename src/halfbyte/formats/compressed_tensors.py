@@ -261,7 +261,7 @@ def _read_group(group: Any, where: str) -> tuple[int, bool]:
         ("type", weights.get("type", "int"), ("int",)),
         ("strategy", strategy, ("group", "channel")),
     ):
-        if found not in known or isinstance(found, bool):
+        if found not in known:
             expected = " or ".join(map(repr, known))
             raise UnsupportedError(f"config.json: {where}.weights.{key} {found!r}: expected {expected}")
     symmetric = weights.get("symmetric", True)
