@@ -8,7 +8,7 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 NATIVE := CMakeLists.txt pyproject.toml $(shell find native -type f)
 
-.PHONY: help demo test test-slow test-docs docs lint bench clean
+.PHONY: help demo test test-slow test-docs docs lint bench cuda-check clean
 help:
 	@echo "make demo        install, quantize the sample model to 4 bits, compare it with the original"
 	@echo "make test        every test not marked slow, gpu or interop"
@@ -16,6 +16,7 @@ help:
 	@echo "make docs        the site of docs/ in build/site"
 	@echo "make test-docs   run every command of docs/ that needs no GPU, no hub and no installation"
 	@echo "make lint        ruff, mypy --strict, import contracts"
+	@echo "make cuda-check  compile the CUDA kernels for four GPUs with nvcc; fails on spills. Needs no GPU"
 	@echo "make bench       the benchmarks of README.md; DATA=folder with the WikiText-2 and C4 texts, PEERS=other engines"
 	@echo "make clean       remove .venv and build products (the model cache stays)"
 
@@ -58,6 +59,9 @@ lint: $(VENV)/.dev
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports
+
+cuda-check: $(VENV)/.halfbyte
+	$(BIN)/python tests/kernels/cuda_check.py
 
 DATA ?= ../shared/data
 # Interpreters that have the peers: PEERS="--llama-cpp llama/bin/python --openvino openvino/bin/python"

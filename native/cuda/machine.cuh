@@ -33,6 +33,7 @@ DEVICE char* shared_memory() {
 }
 
 DEVICE void barrier() { __syncthreads(); }
+DEVICE void warp_barrier() { __syncwarp(); }
 
 // Copies to shared memory that do not pass through registers; where not valid, zeros are written and nothing is read.
 DEVICE void copy_async16(void* to, const void* from, bool valid) {

@@ -59,7 +59,7 @@ using Rows64 = Gemm<Type, Shape<8, 4, 1, 5, PAIR, ZEROS>>;
         using Kernel = halfbyte::KERNEL<halfbyte::W4A16_TYPE, W4A16_PAIR, W4A16_ZEROS>;                              \
         Kernel({x, weights, scales, zeros, row_scale, bias, y, partials, flags, m, n, k, group_shift}).run();        \
     }
-ENTRY(w4a16_rows8, Rows8, 3)
+ENTRY(w4a16_rows8, Rows8, 2)
 ENTRY(w4a16_rows16, Rows16, 2)
 ENTRY(w4a16_rows32, Rows32, 1)
 ENTRY(w4a16_rows64, Rows64, 1)

@@ -217,7 +217,7 @@ inline void run_collective(Thread** warp) {
     }
     if (operation == "transpose") {
         run_transpose(warp);
-    } else {
+    } else if (operation != "warp barrier") {
         run_mma(warp, operation == "mma_bf16");
     }
     for (int lane = 0; lane < LANES; ++lane) warp[lane]->state = State::READY;

@@ -23,6 +23,7 @@ inline int block_index() { return machine::gpu->current->block; }
 inline int block_count() { return machine::gpu->blocks; }
 inline char* shared_memory() { return machine::gpu->shared[machine::gpu->current->block].data(); }
 inline void barrier() { machine::yield(machine::State::BARRIER); }
+inline void warp_barrier() { machine::collective("warp barrier"); }
 
 inline void copy_async16(void* to, const void* from, bool valid) { machine::begin_copy(to, from, 16, valid); }
 inline void copy_async4(void* to, const void* from, bool valid) { machine::begin_copy(to, from, 4, valid); }

@@ -137,7 +137,7 @@ def _compile(source: str, macros: Mapping[str, str], arch: str) -> bytes:
     )
     try:
         return bytes(Program((folder / source).read_text(), "c++", options).compile("cubin").code)
-    except RuntimeError as error:
+    except Exception as error:  # what cuda-core raises has no public base of its own
         defined = " ".join(f"-D{name}={value}" for name, value in macros.items())
         raise UnsupportedError(
             f"{source}: NVRTC {version} cannot compile it for {arch} ({defined}): {error}".strip()

@@ -48,8 +48,8 @@ class Geometry:
     def shared_bytes(self, *, pair: bool, zeros: bool) -> int:
         """Dynamic shared memory of a block."""
         groups, sums = (2 if pair else 1), (self.slices - 1) * self.sum_bytes
-        if self.strips == 1:  # each thread has its own 16 bytes, and its own scales and zero points
-            return self.stages * THREADS * (16 + 4 * groups * (1 + zeros)) + sums
+        if self.strips == 1:  # each thread has its own 32 bytes, and a word of scales or zero points a group
+            return self.stages * THREADS * (32 + 4 * groups) + sums
         tiles = self.strips * self.slices
         lines = tiles * groups * (_SCALE_BYTES + (_ZERO_BYTES if zeros else 0))
         return self.stages * (tiles * _TILE_BYTES + self.slices * self.rows * _X_ROW_BYTES + lines) + sums
@@ -60,7 +60,7 @@ class Geometry:
         return tiles * -(-k // (self.slices * TILE))
 
 
-GEOMETRIES = (Geometry(8, 1, 2, 6), Geometry(16, 2, 2, 5), Geometry(32, 2, 2, 4), Geometry(64, 4, 1, 5))
+GEOMETRIES = (Geometry(8, 1, 4, 4), Geometry(16, 2, 2, 5), Geometry(32, 2, 2, 4), Geometry(64, 4, 1, 5))
 
 
 def geometry_for(m: int) -> Geometry:
