@@ -39,6 +39,17 @@ def test_names_that_lead_nowhere(name: str, message: str) -> None:
         resolve_model(name)
 
 
+def test_a_name_that_was_perhaps_meant_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "smollm2-4bit").mkdir()
+    (tmp_path / "smollm2-4bit" / "config.json").write_text("{}")
+    (tmp_path / "smollm3-4bit").mkdir()
+    with pytest.raises(ModelNotFoundError, match=r"did you mean smollm2-4bit\?$"):
+        resolve_model("smollm2-4bti")
+    with pytest.raises(ModelNotFoundError, match=r"did you mean sample:smollm2-135m\?$"):
+        resolve_model("smollm2-135m")
+
+
 def test_a_file_is_no_model(tmp_path: Path) -> None:
     (tmp_path / "x.gguf").write_bytes(b"GGUF")
     with pytest.raises(ModelNotFoundError, match="is a file; expected a Hugging Face model folder"):

@@ -331,11 +331,12 @@ def test_every_verb_has_help_with_an_example(verb: str) -> None:
     ("arguments", "message"),
     [
         (["generate", "nowhere", "hi"], "nowhere: no such folder"),
+        (["generate", "nowhere", ""], "prompt: empty; give at least one character"),
         (["generate", "nowhere", "hi", "--temperature", "-1"], "temperature: expected 0 or more"),
         (["generate", "nowhere", "hi", "--head-bits", "few"], "--head-bits few: expected auto, 16, 8, 6 or 4"),
-        (["generate", "nowhere", "hi", "--min-p", "2"], "min_p: expected a number in [0, 1]"),
+        (["generate", "nowhere", "hi", "--min-p", "2"], "--min-p: expected a number in [0, 1]"),
         (["generate", "nowhere", "hi", "--stop", ""], "stop: expected strings of at least one character"),
-        (["chat", "nowhere", "--repetition-penalty", "0"], "repetition_penalty: expected more than 0"),
+        (["chat", "nowhere", "--repetition-penalty", "0"], "--repetition-penalty: expected more than 0"),
         (["eval", "nowhere", "--data", "none.txt"], "data none.txt: cannot be read"),
         (["quantize", "nowhere", "-o", "out"], "nowhere: no such folder"),
         (["quantize", "nowhere@awq-l2", "-o", "out"], "try: halfbyte quantize nowhere -o out --method awq-l2"),
@@ -383,7 +384,7 @@ def test_a_cache_is_chosen_by_name(quantized: tuple[Path, dict[str, object]]) ->
     assert run("generate", quantized[0], "The", *settings, "int8").returncode == 0
     result = run("generate", quantized[0], "The", *settings, "int4")
     assert (result.returncode, result.stdout) == (2, "")
-    assert result.stderr == "halfbyte: cache: expected auto, fp16 or int8, got 'int4'\n"
+    assert result.stderr == "halfbyte: --cache: expected auto, fp16 or int8, got 'int4'\n"
 
 
 def test_a_reader_that_leaves_early_is_no_error(quantized: tuple[Path, dict[str, object]]) -> None:

@@ -13,7 +13,7 @@ from halfbyte.errors import ConfigError, HalfbyteError, UnsupportedError
 from halfbyte.evaluation import compare as comparing
 from halfbyte.evaluation.bootstrap import Estimate
 from halfbyte.evaluation.closeness import divergence, log_probabilities
-from halfbyte.evaluation.comparison import Side, SpeedRatio, pair_up
+from halfbyte.evaluation.comparison import Side, SpeedRatio, _faster, pair_up
 from halfbyte.evaluation.perplexity import measure_perplexity
 from halfbyte.evaluation.throughput import Throughput, measure_throughputs
 from tests.conftest import TEXT, make_llama
@@ -222,11 +222,24 @@ def test_verdicts_in_words() -> None:
     first, _, last = pair_up(sides, [511] * 8, reference="A", seed=0)
     assert first.verdict.startswith("B has 10.61 % higher perplexity than A (95 %: +10.")
     assert first.verdict.endswith(
-        "; it decodes 2.00 times as fast and prefills 2.00 times as fast; it takes 0.400 times the space on disk."
+        "; it decodes 2.00 times as fast and prefills 2.00 times as fast; it is 2.50 times smaller on disk."
     )
     assert "C has a perplexity that cannot be told from that of B (95 %: -" in last.verdict
     assert "; it stays closer to A (KL divergence 48." in last.verdict
     assert last.verdict.endswith("; it decodes 1.4 % slower and prefills 1.4 % slower.")
+
+
+@pytest.mark.parametrize(
+    ("seconds", "words"),
+    [
+        ((1.0, 1.02, 0.95), "decodes about as fast (0.95 to 1.02 times, round by round)"),
+        ((1.0, 2.7, 0.4), "decodes at a speed that this run cannot tell apart (0.40 to 2.70 times, round by round)"),
+        ((1.1, 1.2, 1.15), "decodes 15.0 % faster"),
+        ((0.5, 0.4, 0.45), "decodes 0.45 times as fast"),
+    ],
+)
+def test_speeds_in_words(seconds: tuple[float, ...], words: str) -> None:
+    assert _faster("decodes", SpeedRatio.of(seconds, (1.0, 1.0, 1.0))) == words
 
 
 def test_too_few_windows_are_said_to_be() -> None:

@@ -8,6 +8,7 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from difflib import get_close_matches
 from pathlib import Path
 
 from halfbyte.checkpoints.sample import SAMPLES, is_pulled, pull_sample, sample_folder
@@ -70,8 +71,26 @@ def resolve_model(model: str | Path, *, progress: bool = True) -> Path:
     samples = ", ".join(f"sample:{name}" for name in SAMPLES)
     if isinstance(model, Path) or not HUB_NAME.fullmatch(text):
         name = text if text.isprintable() else ascii(text)
-        raise ModelNotFoundError(f"{name}: no such folder, and no hub name (organisation/name); samples: {samples}")
+        raise ModelNotFoundError(
+            f"{name}: no such folder, and no hub name (organisation/name); {_meant(text, samples)}"
+        )
     return _from_hub(text, samples, progress)
+
+
+def _meant(text: str, samples: str) -> str:
+    """The name that was perhaps meant, or those of the samples."""
+    near = get_close_matches(text, [*_model_folders(), *SAMPLES], n=1, cutoff=0.75)
+    if not near:
+        return f"samples: {samples}"
+    return f"did you mean {f'sample:{near[0]}' if near[0] in SAMPLES else near[0]}?"
+
+
+def _model_folders() -> list[str]:
+    """Models right here."""
+    try:
+        return [path.parent.name for path in Path().glob("*/config.json")]
+    except OSError:
+        return []
 
 
 def _from_hub(name: str, samples: str, progress: bool) -> Path:

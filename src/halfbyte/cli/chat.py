@@ -36,7 +36,7 @@ def command(
     """Chat with a model; answers are streamed as they come.
 
     /reset begins anew, /exit, Ctrl-D or Ctrl-C at the prompt leaves, Ctrl-C stops an answer. From a pipe, every line
-    is a message.
+    is a message; --json keeps the answers apart.
 
     Example: halfbyte chat smollm2-4bit --system "You answer in one sentence." --temperature 0.7 --min-p 0.1
     """
@@ -53,6 +53,8 @@ def command(
             return
         if text == "/reset":
             chat.reset()
+        elif text.startswith("/") and text[1:].isalpha():
+            _note(f"no such command: {text}; there are /reset and /exit")
         elif text and interactive:
             _answer_or_say_why_not(chat, text, json)
         elif text:

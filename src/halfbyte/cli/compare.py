@@ -70,6 +70,9 @@ def command(
     All are in memory together; every window of text and every round of timing goes through all of them in turn.
     Intervals and p-values are a paired bootstrap over windows, fixed seed.
 
+    Columns: perplexity, less is better; KL, how far the next token's distribution is from A's; top-1, how often the
+    most likely token is the same as A's; prefill, tokens of a prompt per second; decode, generated tokens per second.
+
     Example: halfbyte compare sample:smollm2-135m sample:smollm2-135m@awq sample:smollm2-135m@awq-l2 --quick
     """
     settings = loading.settings()
@@ -145,6 +148,9 @@ def _notes(comparison: Comparison) -> list[str]:
     skipped = [side.label for side in comparison.sides if not side.measured]
     if skipped:
         notes.append(f"not loaded    {', '.join(skipped)} (--skip-original)")
+    if any(side.name.startswith("sample:") and not side.quantized for side in comparison.sides):
+        notes.append("original      the sample model was expanded from a 4-bit file: losses are against that")
     if comparison.provisional:
-        notes.append("provisional   --quick calibrates and measures less: repeat without it before deciding")
+        less = "measures less" if comparison.calibration is None else "calibrates and measures less"
+        notes.append(f"provisional   --quick {less}: repeat without it before deciding")
     return [*notes, f"time          {comparison.seconds:.0f} s"]

@@ -9,12 +9,15 @@ import typer
 
 from halfbyte.cli import options
 from halfbyte.cli.render import JsonFlag, decode_input, describe_generation, print_json, summarize_speculation
+from halfbyte.errors import ConfigError
 
 
 @options.spread
 def command(
     model: options.ModelArgument,
-    prompt: Annotated[str, typer.Argument(help="Text to continue; - reads it from standard input.")],
+    prompt: Annotated[
+        str, typer.Argument(help="Text to continue; - reads it from standard input, without its last newline.")
+    ],
     *,
     chat: Annotated[bool, typer.Option("--chat", help="Put the prompt as a user's message.")] = False,
     max_new_tokens: Annotated[int, typer.Option(help="Tokens to generate at most.")] = 128,
@@ -31,7 +34,10 @@ def command(
     from halfbyte.generation.model import load
 
     sampled = sampling.settings()
-    text = decode_input(sys.stdin.buffer.read()) if prompt == "-" else prompt
+    # The newline that ends a line in a pipe is not part of the text.
+    text = decode_input(sys.stdin.buffer.read()).removesuffix("\n") if prompt == "-" else prompt
+    if not text:
+        raise ConfigError("prompt: empty; give at least one character")
     loaded = load(model, **loading.settings())
     messages = [{"role": "user", "content": text}] if chat else text
     pieces = loaded.generate(messages, max_new_tokens=max_new_tokens, stream=True, **sampled)

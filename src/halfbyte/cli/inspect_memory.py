@@ -54,9 +54,13 @@ def _print(found: MemoryMap) -> None:
         how = "" if found.head_bits is None else f", output head in {found.head_bits} bits"
         print(f"Held: at run time by the {found.engine}{how}, before any text.")
     if found.cache_bytes_per_token is not None:
-        print(f"Keys and values take {found.cache_bytes_per_token / 1e3:,.1f} kB more for each token of context.")
+        each = found.cache_bytes_per_token
+        whole = megabytes((found.total.run_time_bytes or 0) + 2048 * each)
+        print(f"Keys and values take {each / 1e3:,.1f} kB for each token: with a context of 2,048, {whole} in all.")
     total = found.total
     assert total.half_bytes is not None
+    if total.disk_bytes == total.half_bytes:
+        return
     print(f"On disk {total.half_bytes / total.disk_bytes:.2f} times smaller than in 16 bits", end="")
     print("." if total.run_time_bytes is None else f", in memory {total.half_bytes / total.run_time_bytes:.2f} times.")
 

@@ -14,7 +14,12 @@ from halfbyte.errors import ConfigError
 def command(
     model: Annotated[str, typer.Argument(help="A folder, sample:NAME, or a hub name (organisation/name).")],
     output: Annotated[Path, typer.Option("-o", "--output", help="Folder for the new checkpoint.")],
-    method: Annotated[str, typer.Option(help="awq, awq-l2, gptq, best (slowest), or rtn (no calibration).")] = "awq",
+    method: Annotated[
+        str, typer.Option(help="rtn (no calibration: seconds), awq, awq-l2, gptq, or best (slowest, closest).")
+    ] = "awq",
+    quick: Annotated[
+        bool, typer.Option("--quick", help="Calibrate on 16 × 256 tokens, not 128 × 512: a first look.")
+    ] = False,
     bits: Annotated[int, typer.Option(help="Bits per weight: 2, 3, 4 or 8.")] = 4,
     target_bits: Annotated[
         float | None,
@@ -51,6 +56,7 @@ def command(
         bool,
         typer.Option(
             "--keep-lm-head",
+            hidden=True,
             help="Leave the output head in 16 bit. It always is: AWQ has no layout for a quantized one. "
             "To run it in fewer bits, see --head-bits of halfbyte eval.",
         ),
@@ -66,8 +72,10 @@ def command(
     all_turns: Annotated[
         bool, typer.Option("--all-turns", help="In conversations, count every token, not just the assistant's.")
     ] = False,
-    max_calib_samples: Annotated[int, typer.Option(help="Blocks of calibration text at most.")] = 128,
-    max_calib_seq_len: Annotated[int, typer.Option(help="Tokens in a block at most.")] = 512,
+    max_calib_samples: Annotated[
+        int | None, typer.Option(help="Blocks of calibration text at most; 128 if not given.")
+    ] = None,
+    max_calib_seq_len: Annotated[int | None, typer.Option(help="Tokens in a block at most; 512 if not given.")] = None,
     seed: Annotated[int, typer.Option(help="Which blocks are kept when the text has more.")] = 0,
     device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:N, or several GPUs: cuda:0,cuda:1.")] = "auto",
     memory_budget: Annotated[
@@ -80,6 +88,8 @@ def command(
     json: JsonFlag = False,
 ) -> None:
     """Quantize a model; save it as an AutoAWQ GEMM checkpoint, or in halfbyte's own layout where that cannot hold it.
+
+    Ctrl-C keeps the blocks that are finished; the same command goes on.
 
     Example: halfbyte quantize sample:smollm2-135m -o smollm2-4bit --group-size 64
     """
@@ -103,6 +113,10 @@ def command(
         format=_choice("--format", layout, ("auto", "gemm", "native")),
         modules_to_not_convert=tuple(skip or ()),
     )
+    if max_calib_samples is None:
+        max_calib_samples = 16 if quick else 128
+    if max_calib_seq_len is None:
+        max_calib_seq_len = 256 if quick else 512
     from halfbyte import quantize
     from halfbyte.quantization.on_the_fly import parse_copy_request
 
@@ -180,11 +194,14 @@ def _print_report(report: Any) -> None:
         print_table(columns, rows, "Bits of a code")
     for warning in report.warnings:
         print(f"warning       {warning}")
-    print(f"decoder       {megabytes(report.block_bytes_before)} → {megabytes(report.block_bytes_after)}")
+    print(f"blocks        {megabytes(report.block_bytes_before)} → {megabytes(report.block_bytes_after)}")
+    rest = megabytes(report.total_bytes_after - report.block_bytes_after)
     print(f"whole model   {megabytes(report.total_bytes_before)} → {megabytes(report.total_bytes_after)}")
-    print(f"bits/weight   {report.bits_per_weight:.2f} in the decoder, group size {report.config.group_size}")
+    print(f"              {rest} of it, the embedding and what else is outside the blocks, stay as they were")
+    print(f"bits/weight   {report.bits_per_weight:.2f} in the blocks, group size {report.config.group_size}")
     if report.config.target_bits is not None:
         allowed = f"{report.config.target_bits:g} allowed"
         print(f"bit budget    {report.stored_bits:.4f} stored bits per quantized weight, {allowed}")
     print(f"time, memory  {report.seconds:.0f} s, {megabytes(report.peak_memory_bytes)} at the peak")
     print(f"saved to      {report.output_dir}")
+    print(f"next          halfbyte compare {report.model} {report.output_dir} --quick")

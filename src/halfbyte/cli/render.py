@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import json
+import re
 import sys
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict
@@ -20,17 +21,29 @@ if TYPE_CHECKING:
 JsonFlag = Annotated[bool, typer.Option("--json", help="Print one JSON document instead of a table.")]
 
 
+# Parameters that are no options.
+ARGUMENTS = ("model", "models", "prompt", "reference", "output", "lesson")
+
+
 class InterruptionError(HalfbyteError):
     """Ctrl-C."""
 
 
 def interruptible(command: Callable[..., None]) -> Callable[..., None]:
-    """Turn Ctrl-C into an error of ours before typer makes "Aborted!" and an exit code of its own of it."""
+    """Turn Ctrl-C into an error of ours before typer makes "Aborted!" and an exit code of its own of it.
+
+    An error about a parameter of the library names the option it was given by.
+    """
 
     @functools.wraps(command)
     def wrapped(*args: Any, **kwargs: Any) -> None:
         try:
             command(*args, **kwargs)
+        except ConfigError as error:
+            name, rest = re.match(r"(\w*)(.*)", str(error), re.DOTALL).groups()  # type: ignore[union-attr]
+            if name in ARGUMENTS or name not in kwargs:
+                raise
+            raise ConfigError(f"--{name.replace('_', '-')}{rest}") from error
         except KeyboardInterrupt as error:  # with a text where something was kept
             raise InterruptionError(str(error) or "stopped by Ctrl-C; nothing unfinished was kept") from None
 

@@ -127,8 +127,9 @@ def write_outputs(report: Report, page: Path | None, folder: Path | None) -> dic
 
 def print_written(written: dict[str, Any]) -> None:
     """Where it is."""
-    if written["files"]:
-        print(f"written: {', '.join(written['files'])}")
+    for file in written["files"]:
+        opened = "; one file, opens in any browser" if file.endswith(".html") else ""
+        print(f"written: {file} ({Path(file).stat().st_size / 1e3:,.0f} kB{opened})")
     if written["no_pictures"]:
         print(f"no pictures: {written['no_pictures']}")
 

@@ -17,6 +17,8 @@ from halfbyte.notebook import html_table
 SIGNIFICANT = 0.05
 # Ratios of speeds nearer to 1 are told in per cent.
 NEARLY = 1.25
+# Where rounds disagree about who is faster, by no more than this both are about as fast; by more nothing can be said.
+ABOUT = 1.2
 # Sizes that differ by less are not worth a word.
 SAME_SIZE = 0.01
 
@@ -244,22 +246,27 @@ def _kl_words(gap: Estimate | None, first: Side, reference: str) -> str:
 def _speed_words(prefill: SpeedRatio | None, decode: SpeedRatio | None) -> str:
     if prefill is None or decode is None:
         return ""
-    return f"decodes {_faster(decode)} and prefills {_faster(prefill)}"
+    return f"{_faster('decodes', decode)} and {_faster('prefills', prefill)}"
 
 
-def _faster(ratio: SpeedRatio) -> str:
+def _faster(does: str, ratio: SpeedRatio) -> str:
     if not ratio.clear:
-        return f"about as fast ({ratio.low:.2f} to {ratio.high:.2f} times, round by round)"
+        rounds = f"({ratio.low:.2f} to {ratio.high:.2f} times, round by round)"
+        if ratio.low > 1 / ABOUT and ratio.high < ABOUT:
+            return f"{does} about as fast {rounds}"
+        return f"{does} at a speed that this run cannot tell apart {rounds}"
     if 1 / NEARLY < ratio.value < NEARLY:
-        return f"{100 * abs(ratio.value - 1):.1f} % {'faster' if ratio.value > 1 else 'slower'}"
-    return f"{ratio.value:.2f} times as fast"
+        return f"{does} {100 * abs(ratio.value - 1):.1f} % {'faster' if ratio.value > 1 else 'slower'}"
+    return f"{does} {ratio.value:.2f} times as fast"
 
 
 def _size_words(first: Side, second: Side) -> str:
     if not first.disk_bytes or not second.disk_bytes:
         return ""
     share = second.disk_bytes / first.disk_bytes
-    return "" if abs(share - 1) < SAME_SIZE else f"takes {share:.3f} times the space on disk"
+    if abs(share - 1) < SAME_SIZE:
+        return ""
+    return f"is {1 / share:.2f} times smaller on disk" if share < 1 else f"takes {share:.2f} times the space on disk"
 
 
 def _more(change: float) -> str:
