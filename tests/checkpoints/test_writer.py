@@ -1,7 +1,9 @@
 from __future__ import annotations
 
 import errno
+import hashlib
 import os
+import struct
 import subprocess
 from collections.abc import Iterator
 from pathlib import Path
@@ -272,3 +274,15 @@ def test_the_process_umask_decides_who_may_read(tmp_path: Path) -> None:
     write(tmp_path / "m")
     assert (tmp_path / "m").stat().st_mode & 0o777 == 0o777 & ~disk.umask()
     assert {path.stat().st_mode & 0o777 for path in (tmp_path / "m").iterdir()} == {0o666 & ~disk.umask()}
+
+
+def test_the_hash_of_each_tensor_is_known(tmp_path: Path) -> None:
+    tensors = {"a": torch.arange(6, dtype=torch.int16).reshape(2, 3).T, "b": torch.tensor(1.5, dtype=torch.bfloat16)}
+    with CheckpointWriter(tmp_path / "out") as writer:
+        for name, tensor in tensors.items():
+            writer.add(name, tensor)
+        writer.add_json("config.json", {})
+        writer.commit()
+    data = {"a": struct.pack("<6h", 0, 3, 1, 4, 2, 5), "b": bytes([0xC0, 0x3F])}
+    assert writer.sha256 == {name: hashlib.sha256(stored).hexdigest() for name, stored in data.items()}
+    assert (writer.nbytes, writer.shards) == (14, 1)

@@ -7,6 +7,7 @@ the disk. A failure, or Ctrl-C, removes the hidden folder and leaves the target 
 from __future__ import annotations
 
 import errno
+import hashlib
 import json
 import os
 import shutil
@@ -53,6 +54,11 @@ class CheckpointWriter:
         hidden_folder: take this name on the target's file system for the hidden folder, and remove what stands there;
             None for a name no one has.
 
+    Attributes:
+        target: the folder to be, links followed.
+        sha256: of the bytes of each tensor so far, by its name, in hexadecimal; for the manifest.
+        nbytes: of the tensors so far.
+
     Raises:
         OutputError: the target is taken, is no folder, cannot be created, or the disk is full.
     """
@@ -71,8 +77,8 @@ class CheckpointWriter:
         self._max_shard_bytes = max_shard_bytes
         self._shard: ShardWriter | None = None
         self._shards: list[list[str]] = []
-        self._names: set[str] = set()
-        self._total_bytes = 0
+        self.sha256: dict[str, str] = {}
+        self.nbytes = 0
         self._committed = False
         self.target = real_target(output_dir)
         check_target(self.target, overwrite, source)
@@ -104,9 +110,8 @@ class CheckpointWriter:
             UnsupportedError: safetensors has no such dtype.
             ValueError: the name was used before.
         """
-        if name in self._names:
+        if name in self.sha256:
             raise ValueError(f"tensor {name}: added twice")
-        self._names.add(name)
         shard = self._shard
         if shard and (shard.nbytes + tensor.nbytes > self._max_shard_bytes or not shard.has_room(name, tensor)):
             self._finish_shard()
@@ -114,7 +119,13 @@ class CheckpointWriter:
             if self._shard is None:
                 self._shard = ShardWriter(self._folder / f"shard-{len(self._shards)}")
             self._shard.add(name, tensor)
-        self._total_bytes += tensor.nbytes
+        self.sha256[name] = tensor_hash(tensor)
+        self.nbytes += tensor.nbytes
+
+    @property
+    def shards(self) -> int:
+        """Files that hold tensors; all of them once this is committed."""
+        return len(self._shards)
 
     def add_json(self, filename: str, value: Any) -> None:
         """Write a JSON document, readable by people.
@@ -173,7 +184,7 @@ class CheckpointWriter:
             (self._folder / f"shard-{number}").rename(self._folder / filename)
             weight_map.update(dict.fromkeys(names, filename))
         if count:
-            index = {"metadata": {"total_size": self._total_bytes}, "weight_map": weight_map}
+            index = {"metadata": {"total_size": self.nbytes}, "weight_map": weight_map}
             self.add_json("model.safetensors.index.json", index)
 
     def _swap_in(self) -> None:
@@ -198,6 +209,12 @@ class CheckpointWriter:
             if old.exists() and not self.target.exists():
                 old.rename(self.target)
             shutil.rmtree(aside, ignore_errors=True)
+
+
+def tensor_hash(tensor: torch.Tensor) -> str:
+    """SHA-256 of a tensor's bytes in order, in hexadecimal."""
+    flat = tensor.detach().cpu().contiguous().reshape(-1)
+    return hashlib.sha256(flat.view(torch.uint8).numpy().data).hexdigest()
 
 
 def real_target(output_dir: str | Path) -> Path:

@@ -14,7 +14,7 @@ from halfbyte.quantization.report import MANIFEST_NAME, QuantizationReport
 def write_documents(
     writer: CheckpointWriter, checkpoint: Checkpoint, report: QuantizationReport, not_converted: Sequence[str]
 ) -> None:
-    """config.json with its `quantization_config`, the manifest, and the tokenizer files.
+    """config.json with its `quantization_config`, the manifest with the hashes of the tensors, and the tokenizer files.
 
     Args:
         writer: of the new checkpoint.
@@ -34,4 +34,4 @@ def write_documents(
         )
     writer.copy_files_from(checkpoint.folder)
     writer.add_json("config.json", {**checkpoint.config, "quantization_config": quantization_config})
-    writer.add_json(MANIFEST_NAME, report.to_manifest())
+    writer.add_json(MANIFEST_NAME, {**report.to_manifest(), "sha256": writer.sha256})

@@ -194,7 +194,7 @@ def _model_section(one: ExaminedModel, allowed: int) -> dict[str, Any]:
             },
             "codes": total.codes,
         },
-        "manifest": {key: value for key, value in one.manifest.items() if key != "linears"},
+        "manifest": {key: value for key, value in one.manifest.items() if key not in ("linears", "sha256")},
     }
 
 
