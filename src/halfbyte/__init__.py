@@ -9,6 +9,8 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from halfbyte.conversion.convert import convert
+    from halfbyte.conversion.result import Conversion
     from halfbyte.device.timing import Benchmarker, CUDATimer, Timer, profile_scope
     from halfbyte.errors import HalfbyteError
     from halfbyte.evaluation.compare import compare
@@ -34,6 +36,7 @@ _HOMES = {
     "CUDATimer": "halfbyte.device.timing",
     "Chat": "halfbyte.generation.chat",
     "Comparison": "halfbyte.evaluation.comparison",
+    "Conversion": "halfbyte.conversion.result",
     "Generation": "halfbyte.generation.loop",
     "HalfbyteError": "halfbyte.errors",
     "Model": "halfbyte.generation.model",
@@ -45,6 +48,7 @@ _HOMES = {
     "Timer": "halfbyte.device.timing",
     "build_report": "halfbyte.report.build",
     "compare": "halfbyte.evaluation.compare",
+    "convert": "halfbyte.conversion.convert",
     "load": "halfbyte.generation.model",
     "perplexity": "halfbyte.evaluation.perplexity",
     "profile": "halfbyte.evaluation.profile",
@@ -58,6 +62,7 @@ __all__ = [
     "CUDATimer",
     "Chat",
     "Comparison",
+    "Conversion",
     "Generation",
     "HalfbyteError",
     "Model",
@@ -69,6 +74,7 @@ __all__ = [
     "Timer",
     "build_report",
     "compare",
+    "convert",
     "load",
     "perplexity",
     "profile",

@@ -160,7 +160,7 @@ def _read_sharded(folder: Path, index: Path) -> dict[str, TensorInfo]:
     tensors = {}
     for name, shard in weight_map.items():
         where = f"{index}: tensor {shown(name)}"
-        if not _is_plain_name(shard):
+        if not is_plain_name(shard):
             raise CheckpointError(f"{where}: shard {shown(shard)} must be a file name in the same folder")
         if shard not in shards:
             if not _is_file(folder / shard):
@@ -178,7 +178,7 @@ def _read_sharded(folder: Path, index: Path) -> dict[str, TensorInfo]:
     return tensors
 
 
-def _is_plain_name(shard: Any) -> bool:
+def is_plain_name(shard: Any) -> bool:
     """Whether it names something in the folder itself; a link there may lead out of it, as in the hub's cache."""
     return isinstance(shard, str) and shard not in ("", ".", "..") and not set(shard) & set("/\\\0")
 
@@ -189,7 +189,7 @@ def _no_weights(folder: Path) -> str:
     if pickles:
         return (
             f"{folder}: its weights are a pickle ({shown(pickles[0])}), which can run code when opened and is refused; "
-            f"convert it to safetensors first"
+            f"halfbyte convert {folder} OUT --format safetensors --from-pickle reads it without running any"
         )
     others = [name for name in names if name.endswith((".safetensors", ".gguf"))]
     found = f"; found only {shown(', '.join(others))}" if others else ""

@@ -15,6 +15,7 @@ from halfbyte.cli import (
     bench,
     chat,
     compare,
+    convert,
     demo,
     doctor,
     evaluate,
@@ -79,6 +80,7 @@ app.add_typer(demo.app, name="demo")
 app.command("profile")(interruptible(profile.command))
 app.add_typer(models.app, name="models")
 app.add_typer(inspect.app, name="inspect")
+app.command("convert")(interruptible(convert.command))
 app.command("report")(interruptible(report.command))
 app.command("explain")(interruptible(explain.command))
 app.command("backends")(interruptible(backends.command))

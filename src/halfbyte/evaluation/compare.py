@@ -211,8 +211,8 @@ class _Contestant:
         if self.nf4:
             return dict(QUANTIZATION)
         manifest = self.folder / MANIFEST_NAME
-        if manifest.is_file():
-            document = read_json_object(manifest)
+        document = read_json_object(manifest) if manifest.is_file() else {}
+        if "config" in document:  # a conversion of someone else's checkpoint has a manifest without one
             return {key: document.get(key) for key in ("model", "config", "calibration")}
         stored: dict[str, Any] | None = read_config(self.folder).get("quantization_config")
         return stored

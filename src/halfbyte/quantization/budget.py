@@ -50,8 +50,12 @@ class MemoryPlan:
     expected_bytes: int
 
 
-def parse_bytes(value: int | str) -> int:
+def parse_bytes(value: int | str, option: str = "memory_budget") -> int:
     """Bytes: a number, or text such as "2GB", "1.5 GiB", "800MiB".
+
+    Args:
+        value: what was given.
+        option: whose value it is, for the message.
 
     Raises:
         ConfigError: not a positive amount.
@@ -60,7 +64,7 @@ def parse_bytes(value: int | str) -> int:
     unit = "" if match is None else match[2]
     unit += "B" if unit and not unit.endswith("B") else ""
     if match is None or unit not in UNITS or not float(match[1]):
-        raise ConfigError(f'memory_budget {value!r}: expected an amount such as "2GB", "800MiB" or a number of bytes')
+        raise ConfigError(f'{option} {value!r}: expected an amount such as "2GB", "800MiB" or a number of bytes')
     return int(float(match[1]) * UNITS[unit])
 
 

@@ -1,0 +1,77 @@
+"""`halfbyte convert`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from halfbyte.cli.render import JsonFlag, megabytes, print_json, print_table
+
+if TYPE_CHECKING:
+    from halfbyte.conversion.result import Conversion
+
+
+def command(
+    model: Annotated[
+        str, typer.Argument(help="A quantized checkpoint: a folder, a hub name, or MODEL@METHOD; see --format.")
+    ],
+    output: Annotated[Path, typer.Argument(help="Folder for the new checkpoint.")],
+    layout: Annotated[
+        str,
+        typer.Option(
+            "--format",
+            help="gemm, gemv, gemv_fast, llm-awq, marlin, compressed-tensors, gptq or native; or safetensors: any "
+            "model, its tensors as they are, in new shards.",
+        ),
+    ],
+    requantize: Annotated[
+        bool,
+        typer.Option(
+            "--requantize", help="Where a layout has fp16 scales and a weight others: round them, and show the error."
+        ),
+    ] = False,
+    from_pickle: Annotated[
+        bool,
+        typer.Option(
+            "--from-pickle", help="With --format safetensors: read pytorch_model.bin, without running what it holds."
+        ),
+    ] = False,
+    max_shard_size: Annotated[str, typer.Option(help="A file at most, such as 5GB or 800MiB.")] = "2GB",
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an existing checkpoint.")] = False,
+    json: JsonFlag = False,
+) -> None:
+    """Write a quantized checkpoint in another layout: the same codes, or a refusal that says which layouts hold them.
+
+    Each linear is read back from what was packed and compared with what it was. Everything else stays byte for byte.
+
+    Example: halfbyte convert smollm2-4bit smollm2-gptq --format gptq
+    """
+    from halfbyte import convert
+
+    found = convert(
+        model,
+        output,
+        layout,
+        requantize=requantize,
+        from_pickle=from_pickle,
+        max_shard_size=max_shard_size,
+        overwrite=overwrite,
+    )
+    if json:
+        print_json(found.to_dict())
+    else:
+        _print(found)
+
+
+def _print(found: Conversion) -> None:
+    if found.linears:
+        columns, rows = found.table()
+        print_table(columns, rows, f"Quantized linears, {found.source_format} → {found.format}, as both are read back")
+    print(f"other tensors {found.copied}, byte for byte as they were")
+    if found.dropped:
+        print(f"left out      {', '.join(found.dropped)}: the config ties it to a tensor that is there")
+    files = "1 file" if found.shards == 1 else f"{found.shards} files"
+    print(f"whole model   {megabytes(found.bytes_before)} → {megabytes(found.bytes_after)} in {files}")
+    print(f"saved to      {found.output_dir}")
