@@ -49,7 +49,7 @@ def _group() -> None:
     """Measure the fused decoder and the samplers against the machine."""
 
 
-@app.command("decode")
+@app.command("decode", short_help="Steps of one token, against memory's speed.")
 @interruptible
 @spread
 def decode_command(
@@ -81,7 +81,7 @@ def decode_command(
     _report("decode", _measure(subject, decoding, measure), columns, _decode_row, json)
 
 
-@app.command("prefill")
+@app.command("prefill", short_help="Prompts, against the machine's arithmetic.")
 @interruptible
 @spread
 def prefill_command(
@@ -111,7 +111,7 @@ def prefill_command(
     _report("prefill", _measure(subject, decoding, measure), columns, _prefill_row, json)
 
 
-@app.command("kernels")
+@app.command("kernels", short_help="Each matrix of a model, by rows of activations.")
 @interruptible
 @spread
 def kernels_command(
@@ -140,7 +140,7 @@ def kernels_command(
     _report("kernels", _measure(subject, decoding, measure), columns, _kernel_row, json)
 
 
-@app.command("phases")
+@app.command("phases", short_help="The parts of a step.")
 @interruptible
 @spread
 def phases_command(
@@ -170,7 +170,7 @@ def phases_command(
     _report("phases", _measure(subject, decoding, measure), columns, _phase_row, json)
 
 
-@app.command("sampler")
+@app.command("sampler", short_help="The rejection samplers.")
 @interruptible
 def sampler_command(
     batch: BatchOption = "1,4,16,64",

@@ -58,7 +58,7 @@ def _group() -> None:
     """Show a part at work."""
 
 
-@app.command("sampler")
+@app.command("sampler", short_help="Rejection samplers: right, equal, how fast.")
 @interruptible
 def sampler_command(
     threads: Annotated[str, typer.Option(help="Threads; auto for HALFBYTE_THREADS or all cores.")] = "auto",
@@ -102,7 +102,7 @@ def sampler_command(
         raise HalfbyteError(f"demo sampler: not what was expected of {', '.join(wrong) or 'the chi-square test'}")
 
 
-@app.command("speculative")
+@app.command("speculative", short_help="The same text with a draft and without, timed.")
 @interruptible
 def speculative_command(
     model: Annotated[str, typer.Option(help="The target: a folder, sample:NAME, or a hub name.")] = SAMPLE,

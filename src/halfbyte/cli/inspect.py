@@ -86,7 +86,12 @@ def shorten(names: Sequence[str]) -> str:
     return ", ".join(shown)
 
 
-for command in (inspect_pair.layers, inspect_pair.rounding, inspect_pair.channels, inspect_pair.weights):
-    app.command(command.__name__)(interruptible(command))
-app.command("folds")(interruptible(folds))
-app.command("memory")(interruptible(inspect_memory.memory))
+for _command, _summary in (
+    (inspect_pair.layers, "How far every linear is from what it was."),
+    (inspect_pair.rounding, "Which way weights were rounded, and how far."),
+    (inspect_pair.channels, "The channels that matter, and what was done for them."),
+    (inspect_pair.weights, "How weights are spread, errors, codes used."),
+    (folds, "Where scales can move without changing the model."),
+    (inspect_memory.memory, "Where the bytes are: in files, and when run."),
+):
+    app.command(_command.__name__, short_help=_summary)(interruptible(_command))
