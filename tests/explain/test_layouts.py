@@ -12,7 +12,6 @@ import torch
 from halfbyte.explain import cpu_layout
 from halfbyte.explain.kernel import INSTRUCTIONS
 from halfbyte.explain.matrix import Matrix, quantize
-from halfbyte.explain.occupancy import GPUS, occupancy
 from halfbyte.explain.packing import disk_bytes, word_maps
 from halfbyte.explain.tensor_core import fragment_a, fragment_b, fragment_c
 from halfbyte.formats import gemm, native
@@ -99,28 +98,3 @@ def test_fragments_are_those_of_the_ptx_manual() -> None:
         for i in range(4):
             assert (b[0][lane, i], b[1][lane, i]) == (thread * 2 + (i & 1) + (0 if i < 2 else 8), group)
             assert (c[0][lane, i], c[1][lane, i]) == (group if i < 2 else group + 8, thread * 2 + (i & 1))
-
-
-@pytest.mark.parametrize(
-    ("architecture", "threads", "registers", "shared", "blocks", "limit"),
-    [
-        ("sm_80", 256, 32, 0, 8, "warps"),
-        ("sm_80", 32, 16, 0, 32, "blocks"),
-        ("sm_86", 32, 16, 0, 16, "blocks"),
-        ("sm_89", 32, 16, 0, 24, "blocks"),
-        ("sm_80", 128, 255, 0, 2, "registers"),
-        ("sm_80", 96, 168, 0, 4, "registers"),  # 12 warps of 5376 registers, three to each quarter
-        ("sm_86", 128, 32, 48 << 10, 2, "shared memory"),
-        ("sm_90", 128, 32, 227 << 10, 1, "shared memory"),
-        ("sm_90", 128, 32, (227 << 10) + 1, 0, "shared memory"),
-        ("sm_89", 1024, 64, 0, 1, "warps"),
-    ],
-)
-def test_occupancy_by_hand(
-    architecture: str, threads: int, registers: int, shared: int, blocks: int, limit: str
-) -> None:
-    gpu = next(gpu for gpu in GPUS if gpu.architecture == architecture)
-    found = occupancy(gpu, threads, registers, shared)
-    assert found.blocks == blocks
-    assert limit in found.limits
-    assert found.share == pytest.approx(blocks * -(-threads // 32) / gpu.warps)

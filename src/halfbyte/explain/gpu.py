@@ -4,22 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
+from halfbyte.device.gpu_facts import REGISTER_UNIT, SCHEDULERS, WARP, Gpu, known_gpu, occupancy
 from halfbyte.errors import ConfigError
 from halfbyte.explain.catalogue import Messages
 from halfbyte.explain.lesson import Row, Span, Step, number
 from halfbyte.explain.lessons import Options
-from halfbyte.explain.occupancy import (
-    GPUS,
-    REGISTER_UNIT,
-    SCHEDULERS,
-    SHARED_RESERVED,
-    SHARED_UNIT,
-    WARP,
-    Gpu,
-    occupancy,
-)
 from halfbyte.explain.writing import StepWriter
 
+# One a row, with the operations a second of dense fp16 products on tensor cores summed in fp32 (data sheets).
+FLOPS = {"sm_80": 312e12, "sm_86": 71e12, "sm_89": 165e12, "sm_90": 989e12}
+GPUS = tuple(map(known_gpu, FLOPS))
 OUTPUTS, INPUTS = 4096, 4096
 GROUP = 128
 # The tile of the example: outputs × inputs of weights and rows of activations, in so many stages.
@@ -139,7 +133,7 @@ def fill(gpu: Gpu, threads: int, registers: int, shared: int) -> int:
     free = [gpu.registers // SCHEDULERS] * SCHEDULERS
     memory, warps, blocks = gpu.shared, gpu.warps, 0
     while blocks < gpu.blocks:
-        memory -= -(-(shared + SHARED_RESERVED) // SHARED_UNIT) * SHARED_UNIT
+        memory -= -(-(shared + gpu.shared_reserved) // gpu.shared_unit) * gpu.shared_unit
         for _ in range(-(-threads // WARP)):
             most = free.index(max(free))
             free[most] -= -(-registers * WARP // REGISTER_UNIT) * REGISTER_UNIT
@@ -153,7 +147,7 @@ def fill(gpu: Gpu, threads: int, registers: int, shared: int) -> int:
 def seconds(gpu: Gpu, weight_bytes: int, rows: int, outputs: int, inputs: int) -> tuple[float, bool]:
     """The least time of a product, and whether memory sets it: bytes over bandwidth or operations over the peak."""
     reading = (weight_bytes + 2 * rows * (outputs + inputs)) / gpu.bandwidth
-    multiplying = 2 * rows * outputs * inputs / gpu.flops
+    multiplying = 2 * rows * outputs * inputs / FLOPS[gpu.architecture]
     return max(reading, multiplying), reading >= multiplying
 
 
@@ -162,7 +156,7 @@ def _roofline(write: StepWriter, outputs: int, inputs: int) -> Step:
     write.say(n=outputs, k=inputs)
     rows: list[Row] = []
     for gpu in GPUS:
-        row: list[Span | str] = [gpu.name, number(gpu.flops / gpu.bandwidth, ".0f")]
+        row: list[Span | str] = [gpu.name, number(FLOPS[gpu.architecture] / gpu.bandwidth, ".0f")]
         for size in (half, int4):
             found = crossing(gpu, size, outputs, inputs)
             row.append(write.word("never") if found is None else number(found))
