@@ -8,6 +8,8 @@ from __future__ import annotations
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
+from halfbyte.runtime.registration import register_with_transformers
+
 if TYPE_CHECKING:
     from halfbyte.conversion.convert import convert
     from halfbyte.conversion.result import Conversion
@@ -26,6 +28,7 @@ if TYPE_CHECKING:
     from halfbyte.quantization.report import QuantizationReport
     from halfbyte.report.build import build_report
     from halfbyte.report.html_report import Report
+    from halfbyte.runtime.transformers_quantizer import HalfbyteConfig
     from halfbyte.sampling.rejection import rejection_sample
     from halfbyte.tensor import QuantizedTensor
 
@@ -38,6 +41,7 @@ _HOMES = {
     "Comparison": "halfbyte.evaluation.comparison",
     "Conversion": "halfbyte.conversion.result",
     "Generation": "halfbyte.generation.loop",
+    "HalfbyteConfig": "halfbyte.runtime.transformers_quantizer",
     "HalfbyteError": "halfbyte.errors",
     "Model": "halfbyte.generation.model",
     "Profile": "halfbyte.evaluation.profile_result",
@@ -64,6 +68,7 @@ __all__ = [
     "Comparison",
     "Conversion",
     "Generation",
+    "HalfbyteConfig",
     "HalfbyteError",
     "Model",
     "Profile",
@@ -94,3 +99,6 @@ def __getattr__(name: str) -> Any:
 
 def __dir__() -> list[str]:
     return sorted([*globals(), *__all__])
+
+
+register_with_transformers()

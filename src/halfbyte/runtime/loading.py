@@ -114,10 +114,8 @@ def load_model(
     where = read_placement(device, device_map, max_memory)
     checkpoint = Checkpoint.open(folder)
     layout = read_layout(checkpoint.config)
-    linears = [] if layout is None else _quantized_linears(checkpoint, layout)
+    linears = [] if layout is None else quantized_linears(checkpoint, layout)
     network = build_skeleton(str(folder), _stored_dtype(checkpoint, linears))
-    if layout is not None and not linears:
-        raise CheckpointError(f"{folder}: its config announces quantized linears, the files hold none")
     needs = _needs_transformers(options, device_map, max_memory)
     record = needs if needs and backend == "auto" else _record(network, checkpoint, where, backend)
     if needs and backend == DECODER:
@@ -129,7 +127,7 @@ def load_model(
         if backend == DECODER:
             raise UnsupportedError(f'{folder}: backend "{DECODER}" cannot run it: {record}; use "{TRANSFORMERS}"')
         kernel = "auto" if backend == TRANSFORMERS else backend
-        build = _Builder(network, checkpoint, layout, linears, kernel, options)
+        build = NetworkBuilder(network, checkpoint, layout, linears, kernel, options)
         if isinstance(where, str):
             where = spread(network, build.packed_bytes(max_memory), where, max_memory)
         engine, fused = build.run(where)
@@ -186,7 +184,7 @@ def _stop_ids(network: Any) -> frozenset[int]:
     return frozenset() if eos is None else frozenset([eos] if isinstance(eos, int) else eos)
 
 
-class _Builder:
+class NetworkBuilder:
     """Puts the weights of a folder into a transformers skeleton.
 
     Attributes:
@@ -230,7 +228,7 @@ class _Builder:
         """Fill the network; what runs it, and what was fused."""
         where.check(self.network)
         fuser = None if self.options is None else self._fuser(self.options, where)
-        self._place_quantized(where, fuser)
+        self.place_quantized(where, fuser)
         fill(self.network, "", self.tensors)
         self.network.tie_weights()
         if self.layout is not None and where.on_cpu:
@@ -251,7 +249,7 @@ class _Builder:
         rows = {_module(stored): self.shapes[name][0] for name, stored in self.places.items() if not stored.steps}
         return LinearFuser(shared_inputs(self.network, rows), options.selection, where.device_of)
 
-    def _place_quantized(self, where: Placement, fuser: LinearFuser | None) -> None:
+    def place_quantized(self, where: Placement, fuser: LinearFuser | None = None) -> None:
         """Swap in a `QuantLinear`, or a part of one, wherever the file holds packed codes."""
         experts = ExpertCollector()
         for name, stored in self.places.items():
@@ -292,9 +290,17 @@ def _module(stored: StoredTensor) -> str:
     return stored.parameter.removesuffix(".weight")
 
 
-def _quantized_linears(checkpoint: Checkpoint, layout: Layout) -> list[str]:
+def quantized_linears(checkpoint: Checkpoint, layout: Layout) -> list[str]:
+    """Names of the linears stored in `layout`.
+
+    Raises:
+        CheckpointError: there are none.
+    """
     marker = f".{layout.marker}"
-    return [name.removesuffix(marker) for name in checkpoint.names() if name.endswith(marker)]
+    found = [name.removesuffix(marker) for name in checkpoint.names() if name.endswith(marker)]
+    if not found:
+        raise CheckpointError(f"{checkpoint.folder}: its config announces quantized linears, the files hold none")
+    return found
 
 
 def _stored_dtype(checkpoint: Checkpoint, quantized: list[str]) -> torch.dtype:
