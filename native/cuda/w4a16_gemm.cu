@@ -24,13 +24,13 @@
 //     scale         4·i a group, at least one in 64 columns
 //     x             2·i loads of 16 bytes, for two subtiles each
 //
-// so with i = 1 about 50 instructions for 512 bytes: at 4 a clock and SM, 40 bytes a clock, above what memory delivers
-// to an SM of any GPU so far (about 12 on an A100, 21 on an H200). From i = 8 on the tensor cores are the floor:
-// 2·M·N·K operations.
+// and as much again for addresses, counters and predicates: about 100 instructions for 512 bytes with i = 1, counted in
+// what nvcc makes (make cuda-check). At 4 a clock that is 20 bytes a clock and SM; memory delivers about 13 to an SM of an
+// A100 and 21 on an H200. From i = 8 on the tensor cores are the floor: 2·M·N·K operations.
 //
 // Range and error. q - z is an integer of at most 15, exact; products are exact; tensor cores add them in fp32, groups
 // are added by FMA in fp32, and y is rounded once. Scales keep the 11 bits that the AWQ format stores; others are
-// rounded to that, 2^-12 of each.
+// rounded to that, 2^-11 of each at most.
 #include "w4a16_gemm.cuh"
 #include "w4a16_gemv.cuh"
 

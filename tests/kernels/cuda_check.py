@@ -25,34 +25,11 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
+from halfbyte.device.gpu_facts import known_gpu, occupancy
 from halfbyte.kernels.cuda_build import source_folder
 from halfbyte.kernels.cuda_launch import GEOMETRIES, SOURCE, THREADS
 
-
-@dataclass(frozen=True)
-class Arch:
-    """What a multiprocessor has. CUDA C++ Programming Guide, "Technical specifications per compute capability".
-
-    Attributes:
-        block_shared: bytes of shared memory that a block may ask for.
-        shared: that a multiprocessor has; a block also takes 1 KiB of its own.
-        registers: of 32 bits.
-        threads: at once.
-    """
-
-    block_shared: int
-    shared: int
-    threads: int
-    registers: int = 65536
-
-
-ARCHS = {
-    "sm_80": Arch(163 << 10, 164 << 10, 2048),
-    "sm_86": Arch(99 << 10, 100 << 10, 1536),
-    "sm_89": Arch(99 << 10, 100 << 10, 1536),
-    "sm_90a": Arch(227 << 10, 228 << 10, 2048),
-}
-REGISTER_UNIT = 8  # of a thread; registers are given out in units of 256 to a warp
+ARCHS = ("sm_80", "sm_86", "sm_89", "sm_90a")
 PTXAS = re.compile(
     r"Compiling entry function '(\w+)'.*?(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads"
     r".*?Used (\d+) registers",
@@ -99,7 +76,7 @@ class Entry:
     def problem(self) -> str | None:
         if self.stack or self.spills:
             return f"{self.stack} bytes of local memory, {self.spills} bytes of spills"
-        limit = ARCHS[self.arch].block_shared
+        limit = known_gpu(self.arch).block_shared
         if self.shared > limit:
             return f"{self.shared:,} bytes of shared memory, a block may have {limit:,}"
         return None if self.blocks else "no block fits a multiprocessor"
@@ -138,17 +115,10 @@ def compile_variant(nvcc: str, arch: str, variant: Variant, *, sass: bool = Fals
             raise RuntimeError(f"{arch}, {variant}: no entry point {geometry.name} in what ptxas says")
         stack, stores, loads, registers = found[geometry.name]
         shared = geometry.shared_bytes(pair=variant.pair, zeros=variant.zeros)
-        blocks = blocks_per_multiprocessor(arch, registers, shared)
+        blocks = occupancy(known_gpu(arch), THREADS, registers, shared).blocks
         loop = loops.get(geometry.name, {})
         entries.append(Entry(arch, str(variant), geometry.name, registers, shared, stack, stores + loads, blocks, loop))
     return entries
-
-
-def blocks_per_multiprocessor(arch: str, registers: int, shared: int) -> int:
-    """That are resident at once."""
-    limits = ARCHS[arch]
-    given = -(-registers // REGISTER_UNIT) * REGISTER_UNIT * THREADS
-    return min(limits.registers // given, limits.shared // (shared + 1024), limits.threads // THREADS)
 
 
 def inner_loop(cubin: Path, kernel: str) -> dict[str, int]:
@@ -213,7 +183,7 @@ def main() -> int:
     entries = []
     print(f"{'':8}{'kernel':14}{'registers':>10}{'shared':>9}{'blocks':>8}{'spills':>8}  variant")
     try:
-        for entry in check(nvcc, options.arch or list(ARCHS), VARIANTS, sass=options.sass):
+        for entry in check(nvcc, options.arch or ARCHS, VARIANTS, sass=options.sass):
             entries.append(entry)
             print(
                 f"{entry.arch:8}{entry.kernel:14}{entry.registers:10}{entry.shared:9,}{entry.blocks:8}{entry.spills:8}"

@@ -3,7 +3,7 @@
 import shutil
 
 import pytest
-from cuda_check import ARCHS, VARIANTS, Entry, blocks_per_multiprocessor, check, compile_variant
+from cuda_check import ARCHS, VARIANTS, Entry, check, compile_variant
 
 needs_nvcc = pytest.mark.skipif(shutil.which("nvcc") is None, reason="needs nvcc")
 
@@ -26,7 +26,7 @@ def test_hardest_variant_has_no_spills(arch: str) -> None:
 @needs_nvcc
 @pytest.mark.slow
 def test_no_variant_has_problems() -> None:
-    entries = list(check(nvcc(), list(ARCHS), VARIANTS))
+    entries = list(check(nvcc(), ARCHS, VARIANTS))
     assert len(entries) == len(ARCHS) * len(VARIANTS) * 4
     assert [f"{entry.arch} {entry.variant} {entry.kernel}: {entry.problem}" for entry in entries if entry.problem] == []
 
@@ -41,10 +41,3 @@ def test_problems_are_seen() -> None:
     assert "4 bytes of spills" in str(problem(spills=4))
     assert "102,400 bytes of shared memory, a block may have 101,376" in str(problem(shared=100 << 10))
     assert "no block fits" in str(problem(blocks=0))
-
-
-def test_blocks_are_limited_by_registers_and_shared_memory() -> None:
-    assert blocks_per_multiprocessor("sm_80", 128, 1000) == 2
-    assert blocks_per_multiprocessor("sm_80", 129, 1000) == 1
-    assert blocks_per_multiprocessor("sm_86", 32, 50 << 10) == 1
-    assert blocks_per_multiprocessor("sm_90a", 32, 1000) == 8

@@ -20,6 +20,7 @@ REQUIRED = (
 # extra → (packages, what it adds)
 EXTRAS = {
     "offload": (("accelerate",), "device_map and max_memory: a model on several devices"),
+    "gpu-cu13": (("cuda-core",), "halfbyte's own kernel on NVIDIA GPUs; gpu-cu12 where torch is built for CUDA 12"),
     "lora": (("peft",), "training of LoRA adapters on a quantized model"),
     "nf4": (("bitsandbytes", "accelerate"), "MODEL@nf4 in halfbyte compare: the 4 bits of bitsandbytes"),
     "bench": (("llama-cpp-python", "openvino", "nncf", "optimum-intel"), "the peers of benchmarks/cpu_decode.py"),
@@ -100,7 +101,13 @@ def _gpu() -> dict[str, Any]:
     if not torch.cuda.is_available():
         built = "a CPU build of torch" if torch.version.cuda is None else "no usable NVIDIA driver or GPU"
         return {"what": "GPU", "ok": True, "found": f"none ({built}); halfbyte runs on the CPU"}
-    names = [torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())]
+    from halfbyte.kernels.cuda_build import unavailable
+
+    names = []
+    for index in range(torch.cuda.device_count()):
+        reason = unavailable(torch.device("cuda", index))
+        kernel = "halfbyte's own kernel" if reason is None else f"torch's product; the CUDA kernel {reason}"
+        names.append(f"{torch.cuda.get_device_name(index)} ({kernel})")
     return {"what": "GPU", "ok": True, "found": ", ".join(names)}
 
 

@@ -1,7 +1,8 @@
 """The GPU half of the lesson on kernels: one tile of a W4A16 product on tensor cores, emulated lane by lane in numpy.
 
-Which lane of a warp holds which element: PTX ISA, "Matrix Fragments for mma.m16n8k16 with floating point type". No
-kernel of halfbyte's runs on a GPU yet; this is the instruction one has to feed, and what AutoAWQ's words are to it.
+Which lane of a warp holds which element: PTX ISA, "Matrix Fragments for mma.m16n8k16 with floating point type". This
+is the instruction a kernel has to feed, and what AutoAWQ's words are to it. halfbyte's own kernel, native/cuda, has
+another layout.
 """
 
 from __future__ import annotations
