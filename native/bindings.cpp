@@ -351,6 +351,15 @@ void dequantize(const W4Matrix& matrix, MutableFloats2 out) {
     matrix.dequantize(out.data());
 }
 
+std::optional<double> peak(const std::string& kind, const std::string& tier) {
+    const Tier& picked = tier_named(tier);
+    require(kind == "fp32" || kind == "int8" || kind == "bf16", "kind: must be fp32, int8 or bf16");
+    const PeakLoop loop = kind == "fp32" ? picked.fma : kind == "int8" ? picked.int8_dots : picked.bf16_dots;
+    if (loop == nullptr || (kind == "bf16" && !has_bf16(picked))) return std::nullopt;
+    nb::gil_scoped_release release;
+    return measure_peak(loop);
+}
+
 std::vector<std::string> available() {
     std::vector<std::string> names;
     for (const Tier* tier : available_tiers()) names.emplace_back(tier->name);
@@ -371,14 +380,12 @@ NB_MODULE(_native, m) {
         }, "nbytes"_a, "tier"_a)
         .def("seconds", &ReadProbe::seconds, nb::call_guard<nb::gil_scoped_release>())
         .def_prop_ro("nbytes", &ReadProbe::nbytes);
-    m.def(
-        "measure_peak_flops",
-        [](const std::string& tier) {
-            const Tier& picked = tier_named(tier);
-            nb::gil_scoped_release release;
-            return measure_peak_flops(picked);
-        },
-        "tier"_a);
+    m.def("measure_read", [](std::size_t nbytes, const std::string& tier, double seconds) {
+        const Tier& picked = tier_named(tier);
+        nb::gil_scoped_release release;
+        return measure_read(picked, nbytes, seconds);
+    }, "nbytes"_a, "tier"_a, "seconds"_a);
+    m.def("measure_peak", &peak, "kind"_a, "tier"_a, "None where the tier, or this CPU, has no instruction for it.");
 
     m.def("half_multiply", &half_product, "weight"_a, "dtype"_a, "rows"_a, "cols"_a, "bias"_a, "x"_a, "y"_a, "m"_a, "tier"_a);
 

@@ -65,6 +65,8 @@ struct Avx2Vectors : F16C {
                 join(second, bits), join(_mm256_srli_epi32(second, 4), _mm256_srli_epi32(bits, 2))};
     }
 
+    static constexpr PeakLoop BF16_DOTS = nullptr;
+
     static constexpr const float (&NIBBLE_SCALE)[OCTET] = IN_PLACE_NIBBLE;
     static constexpr const float (&BYTE_SCALE)[OCTET] = IN_PLACE_BYTE;
     template <int N>

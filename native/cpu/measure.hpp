@@ -22,7 +22,11 @@ class ReadProbe {
     std::shared_ptr<std::uint8_t> memory_;
 };
 
-// float32 multiply-adds per second × 2, all of the pool's threads together.
-double measure_peak_flops(const Tier& tier);
+// Bytes per second that so many threads together read, each from `nbytes` of its own, for at least `seconds`; the best of three
+// times. From the second pass on they are in the cache they fit.
+double measure_read(const Tier& tier, std::size_t nbytes, double seconds);
+
+// Operations per second of one of a tier's loops, all of the pool's threads together; a multiply-add is two.
+double measure_peak(PeakLoop loop);
 
 }  // namespace halfbyte

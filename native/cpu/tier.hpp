@@ -18,13 +18,14 @@ template <class S>
 struct TierOf {
     using F = typename S::F;
 
-    static float read(const void* data, std::size_t n) {
+    static float read(const void* data, std::size_t n, int passes) {
         const auto* floats = static_cast<const float*>(data);
         constexpr int LANES = 256 / (4 * S::WIDTH);
         F sums[LANES];
         for (int i = 0; i < LANES; ++i) sums[i] = S::set1(0.0f);
-        for (std::size_t at = 0; at + 256 <= n; at += 256)
-            for (int i = 0; i < LANES; ++i) sums[i] = S::add(sums[i], S::load(floats + at / 4 + i * S::WIDTH));
+        for (int pass = 0; pass < passes; ++pass)
+            for (std::size_t at = 0; at + 256 <= n; at += 256)
+                for (int i = 0; i < LANES; ++i) sums[i] = S::add(sums[i], S::load(floats + at / 4 + i * S::WIDTH));
         float total = 0.0f, lanes[S::WIDTH];
         for (int i = 0; i < LANES; ++i) {
             S::store(lanes, sums[i]);
@@ -48,7 +49,27 @@ struct TierOf {
         return 2.0 * CHAINS * S::WIDTH * static_cast<double>(steps);
     }
 
+    static double int8_dots(std::int64_t steps, float* sink) {
+        // The compiler must not know what is multiplied.
+        volatile std::uint32_t one = 0x01010101;
+        alignas(64) std::uint32_t words[S::WIDTH];
+        for (auto& word : words) word = one;
+        const auto ones = S::load_words(words);
+        typename S::I acc[S::DOT_CHAINS];
+        for (auto& sums : acc) sums = S::zero();
+        for (std::int64_t step = 0; step < steps; ++step)
+            for (auto& sums : acc) sums = S::add_dots(sums, ones, ones);
+        float lanes[S::WIDTH];
+        for (const auto& sums : acc) {
+            S::store(lanes, S::to_float(sums));
+            for (const float lane : lanes) *sink += lane;
+        }
+        return 2.0 * S::DOT_CHAINS * S::DOT_BYTES * S::WIDTH * static_cast<double>(steps);
+    }
+
     static constexpr Tier tier(const char* name) {
+        PeakLoop bytes = nullptr;
+        if constexpr (S::DOT_BYTES > 0) bytes = int8_dots;
         return {name,
                 S::GEMV_BLOCKS,
                 S::TILE_ROWS,
@@ -63,7 +84,9 @@ struct TierOf {
                 RangeKernel<S>::try_range,
                 RejectionKernel<S>::math(),
                 read,
-                fma};
+                fma,
+                bytes,
+                S::BF16_DOTS};
     }
 };
 

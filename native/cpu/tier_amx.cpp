@@ -180,6 +180,52 @@ void multiply(const A8View& w, const std::int8_t* x, std::size_t stride, int m, 
     if (whole < m) vnni.multiply(w, x + whole * stride, stride, m - whole, y + whole * y_stride, y_stride, begin, end, scratch);
 }
 
+// Tiles of ones, multiplied into four tiles of sums; `multiply` is one instruction for each of them, of `products`.
+template <class Fn>
+inline double tile_peak(std::uint8_t low, std::uint8_t high, double products, std::int64_t steps, float* sink, Fn multiply) {
+    alignas(64) std::uint8_t ones[TILE_ROWS * 64];
+    for (int i = 0; i < TILE_ROWS * 64; ++i) ones[i] = i % 2 ? high : low;
+    _tile_loadconfig(&CONFIG);
+    clear<MOST_TILES>();
+    fence();
+    _tile_loadd(6, ones, 64);
+    _tile_loadd(7, ones, 64);
+    for (std::int64_t step = 0; step < steps; ++step) multiply();
+    alignas(64) Sums sums[MOST_TILES];
+    store_sums<MOST_TILES>(sums);
+    fence();
+    _tile_release();
+    for (const auto& tile : sums)
+        for (const auto& row : tile)
+            for (const std::int32_t sum : row) {
+                float value;
+                std::memcpy(&value, &sum, sizeof value);
+                *sink += low == high ? static_cast<float>(sum) : value;
+            }
+    return 2.0 * MOST_TILES * products * static_cast<double>(steps);
+}
+
+double int8_dots(std::int64_t steps, float* sink) {
+    return tile_peak(1, 1, TILE_ROWS * BLOCK_ROWS * 64, steps, sink, [] {
+        _tile_dpbssd(0, 6, 7);
+        _tile_dpbssd(1, 6, 7);
+        _tile_dpbssd(2, 6, 7);
+        _tile_dpbssd(3, 6, 7);
+    });
+}
+
+// AMX-BF16, which not every CPU with AMX-INT8 must have.
+__attribute__((target("amx-bf16"))) inline void add_bf16_dots() {
+    _tile_dpbf16ps(0, 6, 7);
+    _tile_dpbf16ps(1, 6, 7);
+    _tile_dpbf16ps(2, 6, 7);
+    _tile_dpbf16ps(3, 6, 7);
+}
+
+double bf16_dots(std::int64_t steps, float* sink) {
+    return tile_peak(0x80, 0x3F, TILE_ROWS * BLOCK_ROWS * 32, steps, sink, add_bf16_dots);
+}
+
 }  // namespace
 
 const Tier* amx_tier() {
@@ -187,6 +233,8 @@ const Tier* amx_tier() {
         Tier amx = *avx512_vnni_tier();
         amx.name = "amx";
         amx.a8.multiply = multiply;
+        amx.int8_dots = int8_dots;
+        amx.bf16_dots = bf16_dots;
         return amx;
     }();
     return &tier;

@@ -123,6 +123,17 @@ struct Avx2 : Avx2Vectors {
     static I minus_halves(I acc, I zeros, const std::int8_t* sum) {
         return _mm256_sub_epi32(acc, _mm256_madd_epi16(zeros, load_bytes(sum)));
     }
+    // As in wide_dot32: pairs of eight products are summed in 16 bits before they are widened.
+    static constexpr int DOT_BYTES = 32, DOT_CHAINS = 6;
+    static I add_dots(I acc, I codes, I inputs) {
+        I pairs = zero();
+#pragma GCC unroll 8
+        for (int i = 0; i < DOT_BYTES / 4; ++i) {
+            asm volatile("" : "+x"(codes));  // or one product would do for all
+            pairs = _mm256_add_epi16(pairs, _mm256_maddubs_epi16(codes, inputs));
+        }
+        return _mm256_add_epi32(acc, _mm256_madd_epi16(pairs, _mm256_set1_epi16(1)));
+    }
     template <int M, int V>
     static inline void add_pairs(const I (&pairs)[M][V], int factor, I (&acc)[M][V]) {
         const I factors = _mm256_set1_epi16(static_cast<short>(factor));

@@ -5,6 +5,9 @@
 // conversion: shift, look up, multiply-add. A byte is masked where it stands and converted.
 #ifndef HALFBYTE_AVX512_INTRINSICS  // tests/kernels puts a scalar model of the intrinsics here
 #define HALFBYTE_AVX512_INTRINSICS <immintrin.h>
+#define HALFBYTE_AVX512_BF16 __attribute__((target("avx512bf16")))
+#else
+#define HALFBYTE_AVX512_BF16
 #endif
 // GCC 12's header passes undefined vectors on purpose and then warns of them (GCC bug 105593).
 #pragma GCC diagnostic push
@@ -62,6 +65,25 @@ struct Avx512 : F16C {
         std::memcpy(&word, x, sizeof word);
         return _mm512_set1_epi32(word);
     }
+    static constexpr int DOT_BYTES = 4, DOT_CHAINS = 12;
+    static I add_dots(I acc, I codes, I inputs) { return _mm512_dpbusd_epi32(acc, codes, inputs); }
+    // AVX512-BF16, which not every CPU of the tier has; only its peak is measured with it.
+    HALFBYTE_AVX512_BF16 static double bf16_dots(std::int64_t steps, float* sink) {
+        volatile int one = 0x3F803F80;
+        const auto ones = (__m512bh)_mm512_set1_epi32(one);
+        F acc[DOT_CHAINS];
+        for (auto& sums : acc) sums = _mm512_set1_ps(0.0f);
+        for (std::int64_t step = 0; step < steps; ++step)
+            for (auto& sums : acc) sums = _mm512_dpbf16_ps(sums, ones, ones);
+        float lanes[WIDTH];
+        for (const auto& sums : acc) {
+            _mm512_storeu_ps(lanes, sums);
+            for (const float lane : lanes) *sink += lane;
+        }
+        return 2.0 * DOT_CHAINS * 2 * WIDTH * static_cast<double>(steps);
+    }
+    static constexpr PeakLoop BF16_DOTS = bf16_dots;
+
     template <int M, int V>
     static inline void dot32_nibbles(const std::uint32_t* const (&words)[V], const std::int8_t* const (&x)[M],
                                      I (&acc)[M][V]) {

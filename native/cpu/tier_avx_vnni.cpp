@@ -16,6 +16,9 @@ struct AvxVnni : Avx2Vectors {
     // 4 or 8 accumulators, at two products a cycle of five cycles each; 2 rows × 4 spill.
     static constexpr int A8_VECTORS_1 = 4, A8_VECTORS_2 = 2, A8_VECTORS_4 = 2, A8_BLOCKS = 2, WIDE_ROWS = 0, WIDE_LEAST = 0;
 
+    static constexpr int DOT_BYTES = 4, DOT_CHAINS = 12;
+    static I add_dots(I acc, I codes, I inputs) { return _mm256_dpbusd_avx_epi32(acc, codes, inputs); }
+
     template <int M, int V>
     static inline void dot32_nibbles(const std::uint32_t* const (&words)[V], const std::int8_t* const (&x)[M],
                                      I (&acc)[M][V]) {

@@ -87,6 +87,9 @@ struct Portable {
             }
     }
 
+    static constexpr int DOT_BYTES = 0;
+    static constexpr PeakLoop BF16_DOTS = nullptr;
+
     static constexpr const float (&NIBBLE_SCALE)[OCTET] = IN_PLACE_NIBBLE;
     static constexpr const float (&BYTE_SCALE)[OCTET] = IN_PLACE_BYTE;
     template <int N>

@@ -87,6 +87,8 @@ struct Product {
     void (*gemm)(const W4View&, const float* x, int m, const Output&, int panel_begin, int panel_end);
 };
 
+using PeakLoop = double (*)(std::int64_t steps, float* sink);
+
 // What a tier provides.
 struct Tier {
     const char* name;
@@ -103,9 +105,12 @@ struct Tier {
     void (*round_block)(const RoundingBlock&);
     void (*try_range)(const RangeTrial&, int group_begin, int group_end);
     RejectionMath rejection;
-    // For the rooflines: read n bytes (a multiple of 256); run `steps` rounds of independent FMAs, returning their flops.
-    float (*read)(const void* data, std::size_t n);
-    double (*fma)(std::int64_t steps, float* sink);
+    // For the rooflines: read n bytes (a multiple of 256), again and again.
+    float (*read)(const void* data, std::size_t n, int passes);
+    // `steps` rounds of independent multiply-adds of ones; returns how many operations they were, and adds to the sink as many as
+    // there were products. Of float32 (of other numbers than one), of bytes as the products use them, and of bf16 numbers; null
+    // where the tier has no instruction for it. The last may be asked only of a CPU that `has_bf16`.
+    PeakLoop fma, int8_dots, bf16_dots;
 };
 
 // Null when this build or this CPU (or its operating system) lacks the tier.

@@ -1,7 +1,9 @@
 """What the machine says of itself, on this machine and on made-up ones."""
 
+import time
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
@@ -47,6 +49,16 @@ def test_cache_sizes(tmp_path: Path) -> None:
     assert cpu.cache_sizes(tmp_path / "missing") == {}
 
 
+def test_a_cache_says_how_many_cores_share_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cpu, "_siblings", lambda number: f"core {number % 4}")  # two threads a core
+    for index, (level, shared) in enumerate([("1", "0,4"), ("2", "0-1,4-5"), ("3", "0-7"), ("4", None)]):
+        (tmp_path / f"index{index}").mkdir()
+        for name, text in (("level", level), ("type", "Unified"), ("size", "64K"), ("shared_cpu_list", shared)):
+            if text is not None:
+                (tmp_path / f"index{index}" / name).write_text(text + "\n")
+    assert [(cache.name, cache.cores) for cache in cpu.caches(tmp_path)] == [("L1", 1), ("L2", 2), ("L3", 4), ("L4", 1)]
+
+
 def test_thread_count_can_be_forced(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HALFBYTE_THREADS", "3")
     assert cpu.thread_count() == 3
@@ -74,4 +86,36 @@ def test_a_process_can_be_told_its_threads(monkeypatch: pytest.MonkeyPatch) -> N
 
 def test_measurements_are_positive() -> None:
     assert cpu.read_bandwidth(1 << 20, repeats=1) > 1e8
+    assert cpu.private_read_bandwidth(1 << 14, threads=2, seconds=1e-4) > 1e8
     assert cpu.peak_flops() > 1e8
+
+
+@pytest.mark.parametrize("tier", _native.available_tiers())
+def test_a_peak_is_none_where_a_tier_has_no_instruction(tier: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HALFBYTE_ISA", tier)
+    peaks = {kind: cpu.measured_peak(kind, threads=1) for kind in ("fp32", "int8", "bf16")}
+    assert peaks["fp32"] is not None
+    assert (peaks["int8"] is None) == (tier == "portable")
+    if tier in ("portable", "avx2", "avx_vnni"):
+        assert peaks["bf16"] is None
+    assert all(np.isfinite(peak) and peak > 1e8 for peak in peaks.values() if peak is not None)
+    with pytest.raises(ValueError, match="fp32, int8 or bf16"):
+        _native.measure_peak("int4", tier)
+
+
+@pytest.mark.parametrize("tier", [tier for tier in _native.available_tiers() if tier != "portable"])
+def test_the_products_of_bytes_are_below_their_peak(tier: str) -> None:
+    """What the loop is for. Both are the best of a few, so that a busy machine does not decide."""
+    rows, cols, m = 512, 2048, 64
+    codes = np.full((rows, cols), 7, dtype=np.uint8)
+    scales, zeros = np.ones((rows, cols // 64), dtype=np.float32), np.full((rows, cols // 64), 8, dtype=np.uint8)
+    linear = _native.a8_linear(codes, scales, zeros, None, tier, 4)
+    x, y = np.ones((m, cols), dtype=np.float32), np.empty((m, rows), dtype=np.float32)
+    with cpu.native_threads(1):
+        seconds = []
+        for _ in range(20):
+            start = time.perf_counter()
+            _native.multiply_each([linear], x, y)
+            seconds.append(time.perf_counter() - start)
+        peak = max(_native.measure_peak("int8", tier) or 0.0 for _ in range(3))
+    assert 2 * m * rows * cols / min(seconds) < peak

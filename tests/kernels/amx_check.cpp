@@ -8,6 +8,7 @@
 #include <cstdio>
 
 #include "decoder_check.hpp"
+#include "peak_check.hpp"
 
 namespace {
 
@@ -58,7 +59,7 @@ int main() {
     for (const int size : {32, 64, 96, 128, 320})
         failures += check(16, 2, size, 4) + check(53, 1, size, 4);
     failures += check(48, 9, 64, 4) + check(32, 2, 64, 8);
-    failures += decoder_check::check_tier(*amx_tier());
+    failures += decoder_check::check_tier(*amx_tier()) + peak_check::check_tier(*amx_tier(), true);
     std::printf("%d failures\n", failures);
     return failures != 0;
 }

@@ -66,13 +66,17 @@ inline void _tile_stored(int tile, void* base, std::size_t stride) {
     for (int row = 0; row < model.rows[tile]; ++row)
         std::memcpy(static_cast<std::uint8_t*>(base) + row * stride, model.data[tile][row], model.row_bytes[tile]);
 }
-// Four products of signed bytes of a row of a and of a column of b, added to each 32-bit sum.
-inline void _tile_dpbssd(int sums, int a, int b) {
+inline TileModel& tile_shapes_meet(int sums, int a, int b) {
     TileModel& model = tile_used(sums);
     tile_used(a), tile_used(b);
     tile_require(sums != a && sums != b && a != b);
     tile_require(model.rows[a] == model.rows[sums] && model.row_bytes[b] == model.row_bytes[sums]);
     tile_require(model.row_bytes[a] == 4 * model.rows[b]);
+    return model;
+}
+// Four products of signed bytes of a row of a and of a column of b, added to each 32-bit sum.
+inline void _tile_dpbssd(int sums, int a, int b) {
+    TileModel& model = tile_shapes_meet(sums, a, b);
     for (int m = 0; m < model.rows[sums]; ++m)
         for (int n = 0; n < model.row_bytes[sums] / 4; ++n) {
             std::int32_t sum;
@@ -83,4 +87,20 @@ inline void _tile_dpbssd(int sums, int a, int b) {
             std::memcpy(&model.data[sums][m][4 * n], &sum, sizeof sum);
         }
     ++TileModel::products;
+}
+// Likewise two products of bf16 numbers, added to each float.
+inline void _tile_dpbf16ps(int sums, int a, int b) {
+    TileModel& model = tile_shapes_meet(sums, a, b);
+    const auto half = [&](int tile, int row, int at) {
+        std::uint16_t bits;
+        std::memcpy(&bits, &model.data[tile][row][2 * at], sizeof bits);
+        return halfbyte::from_bf16(bits);
+    };
+    for (int m = 0; m < model.rows[sums]; ++m)
+        for (int n = 0; n < model.row_bytes[sums] / 4; ++n) {
+            float sum;
+            std::memcpy(&sum, &model.data[sums][m][4 * n], sizeof sum);
+            for (int k = 0; k < model.row_bytes[a] / 2; ++k) sum += half(a, m, k) * half(b, k / 2, 2 * n + k % 2);
+            std::memcpy(&model.data[sums][m][4 * n], &sum, sizeof sum);
+        }
 }

@@ -5,13 +5,14 @@
 #include <cstdio>
 
 #include "decoder_check.hpp"
+#include "peak_check.hpp"
 #include "product_check.hpp"
 #include "rejection_check.hpp"
 
 int main() {
     const halfbyte::Tier& tier = *halfbyte::avx512_vnni_tier();
     const int failures = product_check::check_tier(tier) + decoder_check::check_tier(tier) +
-                         rejection_check::check_tier(tier);
+                         rejection_check::check_tier(tier) + peak_check::check_tier(tier, true);
     std::printf("%d failures\n", failures);
     return failures != 0;
 }

@@ -18,6 +18,7 @@ struct __m512i_model { std::uint32_t lane[16]; };
 #define __m256 __m256_model
 #define __m512 __m512_model
 #define __m512i __m512i_model
+#define __m512bh __m512i_model
 #define _MM_FROUND_TO_NEAREST_INT 0
 
 template <class V, class Fn>
@@ -127,5 +128,14 @@ inline __m512i _mm512_dpbusd_epi32(__m512i sums, __m512i a, __m512i b) {
             sum += static_cast<std::int32_t>((a.lane[i] >> (8 * byte)) & 255u) *
                    static_cast<std::int8_t>((b.lane[i] >> (8 * byte)) & 255u);
         return static_cast<std::uint32_t>(sum);
+    });
+}
+// Two products of bf16 numbers, added to each lane.
+inline __m512 _mm512_dpbf16_ps(__m512 sums, __m512bh a, __m512bh b) {
+    const auto half = [](std::uint32_t lane, int at) {
+        return halfbyte::from_bf16(static_cast<std::uint16_t>(lane >> (16 * at)));
+    };
+    return model_lanes<__m512>([&](int i) {
+        return sums.lane[i] + half(a.lane[i], 0) * half(b.lane[i], 0) + half(a.lane[i], 1) * half(b.lane[i], 1);
     });
 }

@@ -5,11 +5,13 @@
 #include <cstdio>
 
 #include "decoder_check.hpp"
+#include "peak_check.hpp"
 #include "product_check.hpp"
 
 int main() {
     const halfbyte::Tier& tier = *halfbyte::avx_vnni_tier();
-    const int failures = product_check::check_tier(tier) + decoder_check::check_tier(tier);
+    const int failures = product_check::check_tier(tier) + decoder_check::check_tier(tier) +
+                         peak_check::check_tier(tier, true);
     std::printf("%d failures\n", failures);
     return failures != 0;
 }

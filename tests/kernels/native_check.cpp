@@ -1,8 +1,9 @@
-// Every tier this CPU has, through product_check.hpp, decoder_check.hpp and rejection_check.hpp; built with sanitizers, and for other processors.
+// Every tier this CPU has, through every *_check.hpp beside this file; built with sanitizers, and for other processors.
 #include <cstdio>
 
 #include "decoder_check.hpp"
 #include "isa.hpp"
+#include "peak_check.hpp"
 #include "product_check.hpp"
 #include "rejection_check.hpp"
 #include "thread_pool.hpp"
@@ -13,7 +14,7 @@ int main() {
     for (const halfbyte::Tier* tier : halfbyte::available_tiers()) {
         std::printf("%s\n", tier->name);
         failures += product_check::check_tier(*tier) + decoder_check::check_tier(*tier) +
-                    rejection_check::check_tier(*tier);
+                    rejection_check::check_tier(*tier) + peak_check::check_tier(*tier, halfbyte::has_bf16(*tier));
     }
     std::printf("%d failures\n", failures);
     return failures != 0;

@@ -10,6 +10,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
+from typing import cast
 
 from halfbyte.errors import ConfigError, UnsupportedError
 
@@ -158,19 +159,47 @@ def has_bf16_arithmetic() -> bool:
     return bool(_flags() & {"avx512_bf16", "amx_bf16", "bf16"})
 
 
-def cache_sizes(folder: Path) -> dict[str, int]:
-    """Bytes of each data or unified cache described in `folder`, sysfs's `cache` of one CPU, by name."""
-    sizes: dict[str, int] = {}
+@dataclass(frozen=True)
+class Cache:
+    """A data or unified cache of a core.
+
+    Attributes:
+        name: "L1d", "L2" and so on.
+        nbytes: its size.
+        cores: physical cores that share it, 1 where the system does not say.
+    """
+
+    name: str
+    nbytes: int
+    cores: int
+
+
+def caches(folder: Path = Path("/sys/devices/system/cpu/cpu0/cache")) -> list[Cache]:
+    """The data and unified caches described in `folder`, sysfs's `cache` of one CPU, nearest first."""
+    found: list[Cache] = []
     units = {"K": 1 << 10, "M": 1 << 20, "G": 1 << 30}
     for index in sorted(folder.glob("index*")):
         try:
             level, kind, size = ((index / name).read_text().strip() for name in ("level", "type", "size"))
             if kind != "Instruction":
-                name = f"L{level}" + ("d" if kind == "Data" else "")
-                sizes[name] = int(size.rstrip("KMG")) * units.get(size[-1], 1)
+                nbytes = int(size.rstrip("KMG")) * units.get(size[-1], 1)
+                found.append(Cache(f"L{level}" + ("d" if kind == "Data" else ""), nbytes, _sharing_cores(index)))
         except (OSError, ValueError, IndexError):
             continue
-    return sizes
+    return found
+
+
+def _sharing_cores(index: Path) -> int:
+    try:
+        ranges = [part.split("-") for part in (index / "shared_cpu_list").read_text().strip().split(",")]
+        return len({_siblings(cpu) for ends in ranges for cpu in range(int(ends[0]), int(ends[-1]) + 1)})
+    except (OSError, ValueError):
+        return 1
+
+
+def cache_sizes(folder: Path) -> dict[str, int]:
+    """Bytes of each cache of `caches`, by name."""
+    return {cache.name: cache.nbytes for cache in caches(folder)}
 
 
 def _flags() -> set[str]:
@@ -244,7 +273,32 @@ def read_bandwidth(nbytes: int, *, repeats: int = 7, threads: int | None = None)
 
 def peak_flops(*, threads: int | None = None) -> float:
     """float32 operations per second the threads together reach in a loop of nothing but fused multiply-adds."""
+    return cast(float, measured_peak("fp32", threads=threads))  # every tier has them
+
+
+def measured_peak(kind: str, *, threads: int | None = None) -> float | None:
+    """Operations per second the threads together reach in a loop of nothing but multiply-adds, each of which is two.
+
+    Args:
+        kind: "fp32"; "int8" for products of bytes, summed as halfbyte's own kernels sum them; "bf16" for products of
+            bf16 numbers summed in fp32.
+        threads: `thread_count` if None.
+
+    Returns:
+        None where the tier in use, or this CPU, has no instruction for it.
+    """
     from halfbyte import _native
 
     with native_threads(threads or thread_count()):
-        return _native.measure_peak_flops(pick_tier())
+        return _native.measure_peak(kind, pick_tier())
+
+
+def private_read_bandwidth(nbytes: int, *, threads: int | None = None, seconds: float = 0.01) -> float:
+    """Bytes per second the threads together read, each over and over from `nbytes` of its own.
+
+    From the second pass on a buffer is in the cache that it fits. The best of three times, each of at least `seconds`.
+    """
+    from halfbyte import _native
+
+    with native_threads(threads or thread_count()):
+        return _native.measure_read(nbytes, pick_tier(), seconds)
