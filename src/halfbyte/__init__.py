@@ -13,6 +13,8 @@ from halfbyte.runtime.registration import register_with_transformers
 if TYPE_CHECKING:
     from halfbyte.conversion.convert import convert
     from halfbyte.conversion.result import Conversion
+    from halfbyte.conversion.verification import Verification
+    from halfbyte.conversion.verify import verify
     from halfbyte.device.timing import Benchmarker, CUDATimer, Timer, profile_scope
     from halfbyte.errors import HalfbyteError
     from halfbyte.evaluation.compare import compare
@@ -50,6 +52,7 @@ _HOMES = {
     "QuantizedTensor": "halfbyte.tensor",
     "Report": "halfbyte.report.html_report",
     "Timer": "halfbyte.device.timing",
+    "Verification": "halfbyte.conversion.verification",
     "build_report": "halfbyte.report.build",
     "compare": "halfbyte.evaluation.compare",
     "convert": "halfbyte.conversion.convert",
@@ -59,6 +62,7 @@ _HOMES = {
     "profile_scope": "halfbyte.device.timing",
     "quantize": "halfbyte.generation.self_calibration",
     "rejection_sample": "halfbyte.sampling.rejection",
+    "verify": "halfbyte.conversion.verify",
 }
 
 __all__ = [
@@ -77,6 +81,7 @@ __all__ = [
     "QuantizedTensor",
     "Report",
     "Timer",
+    "Verification",
     "build_report",
     "compare",
     "convert",
@@ -86,6 +91,7 @@ __all__ = [
     "profile_scope",
     "quantize",
     "rejection_sample",
+    "verify",
 ]
 
 

@@ -26,6 +26,7 @@ from halfbyte.cli import (
     profile,
     quantize,
     report,
+    verify,
 )
 from halfbyte.cli.render import fail, interruptible
 from halfbyte.errors import HalfbyteError
@@ -81,6 +82,7 @@ app.command("profile")(interruptible(profile.command))
 app.add_typer(models.app, name="models")
 app.add_typer(inspect.app, name="inspect")
 app.command("convert")(interruptible(convert.command))
+app.command("verify")(interruptible(verify.command))
 app.command("report")(interruptible(report.command))
 app.command("explain")(interruptible(explain.command))
 app.command("backends")(interruptible(backends.command))
