@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from halfbyte.cli.render import JsonFlag, megabytes, print_json, print_table
+from halfbyte.errors import ConfigError
 
 if TYPE_CHECKING:
     from halfbyte.conversion.result import Conversion
@@ -17,13 +18,13 @@ def command(
     model: Annotated[
         str, typer.Argument(help="A quantized checkpoint: a folder, a hub name, or MODEL@METHOD; see --format.")
     ],
-    output: Annotated[Path, typer.Argument(help="Folder for the new checkpoint.")],
+    output: Annotated[Path, typer.Argument(help="Folder for the new checkpoint; for gguf the file, such as x.gguf.")],
     layout: Annotated[
         str,
         typer.Option(
             "--format",
-            help="gemm, gemv, gemv_fast, llm-awq, marlin, compressed-tensors, gptq or native; or safetensors: any "
-            "model, its tensors as they are, in new shards.",
+            help="gemm, gemv, gemv_fast, llm-awq, marlin, compressed-tensors, gptq or native; gguf: a file for "
+            "llama.cpp; or safetensors: any model, its tensors as they are, in new shards.",
         ),
     ],
     requantize: Annotated[
@@ -48,6 +49,11 @@ def command(
 
     Example: halfbyte convert smollm2-4bit smollm2-gptq --format gptq
     """
+    if layout == "gguf":
+        if requantize or from_pickle:
+            raise ConfigError("--format gguf: takes neither --requantize nor --from-pickle")
+        _write_gguf(model, output, overwrite, json)
+        return
     from halfbyte import convert
 
     found = convert(
@@ -63,6 +69,21 @@ def command(
         print_json(found.to_dict())
     else:
         _print(found)
+
+
+def _write_gguf(model: str, output: Path, overwrite: bool, json: bool) -> None:
+    from halfbyte.conversion.gguf_file import export_gguf
+
+    found = export_gguf(model, output, overwrite=overwrite, progress=not json)
+    if json:
+        print_json(found.to_dict())
+        return
+    for kind, count in found.blocks.items():
+        exact = "codes and scales unchanged"
+        if kind == "Q4_1":
+            exact += f"; minima rounded to fp16, which moves no linear by more than {found.largest_error:.2%}"
+        print(f"{kind:<13} {count} linears, {exact}")
+    print(f"saved to      {found.path} ({megabytes(found.nbytes)}, architecture {found.architecture})")
 
 
 def _print(found: Conversion) -> None:
