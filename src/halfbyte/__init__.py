@@ -8,7 +8,7 @@ from __future__ import annotations
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-from halfbyte.runtime.registration import register_with_transformers
+from halfbyte.registration import register_with_transformers
 
 if TYPE_CHECKING:
     from halfbyte.conversion.convert import convert
@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from halfbyte.generation.chat import Chat
     from halfbyte.generation.loop import Generation
     from halfbyte.generation.model import Model, load
+    from halfbyte.publishing.card import model_card
     from halfbyte.quantization.config import QuantConfig
     from halfbyte.quantization.pipeline import quantize
     from halfbyte.quantization.report import QuantizationReport
@@ -57,6 +58,7 @@ _HOMES = {
     "compare": "halfbyte.evaluation.compare",
     "convert": "halfbyte.conversion.convert",
     "load": "halfbyte.generation.model",
+    "model_card": "halfbyte.publishing.card",
     "perplexity": "halfbyte.evaluation.perplexity",
     "profile": "halfbyte.evaluation.profile",
     "profile_scope": "halfbyte.device.timing",
@@ -86,6 +88,7 @@ __all__ = [
     "compare",
     "convert",
     "load",
+    "model_card",
     "perplexity",
     "profile",
     "profile_scope",

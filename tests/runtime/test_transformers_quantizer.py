@@ -201,7 +201,7 @@ def test_saving_says_how_to(three_bits: Path, tmp_path: Path, caplog: pytest.Log
 )
 def test_in_whatever_order_they_are_imported(imports: str) -> None:
     code = (
-        f"{imports}\nimport sys, halfbyte.runtime.registration as registration\n"
+        f"{imports}\nimport sys, halfbyte.registration as registration\n"
         "from transformers import AutoModelForCausalLM\n"
         "from transformers.quantizers.auto import AUTO_QUANTIZER_MAPPING as table\n"
         "assert table['halfbyte'].__module__ == 'halfbyte.runtime.transformers_quantizer'\n"

@@ -19,6 +19,9 @@ from halfbyte.generation.drafting import Drafter
 from halfbyte.generation.loop import Continuation, Generation, TextStream, continue_together, stream_text
 from halfbyte.generation.speculation import LONGEST_DRAFT, SpeculativeLoop
 from halfbyte.generation.text import parse_stop
+from halfbyte.publishing.card import Compared
+from halfbyte.publishing.hub import push_checkpoint
+from halfbyte.publishing.saving import save_checkpoint
 from halfbyte.quantization.on_the_fly import model_folder
 from halfbyte.runtime.engine import TransformersEngine
 from halfbyte.runtime.fusion import ModulesToFuse
@@ -162,6 +165,65 @@ class Model:
         from halfbyte.runtime.lora import with_lora
 
         return with_lora(self.network, config)
+
+    def save_pretrained(
+        self,
+        output_dir: str | Path,
+        *,
+        max_shard_size: int | str = "5GB",
+        comparison: Compared | None = None,
+        overwrite: bool = False,
+    ) -> Path:
+        """Write the checkpoint this model was loaded from to another folder: the same bytes, a model card beside them.
+
+        The codes are those of the files, whatever layout they have in memory. Adapters of `with_lora` are not in it.
+
+        Args:
+            output_dir: the new folder; see `save_checkpoint` for all of these.
+            max_shard_size: of tensors in a file, in bytes or as "5GB".
+            comparison: `halfbyte.compare` of the original with this model, for the card.
+            overwrite: replace a checkpoint that is there already.
+
+        Raises:
+            HalfbyteError: not a size, or a target that is taken or cannot be written.
+        """
+        return save_checkpoint(
+            self.folder, output_dir, max_shard_size=max_shard_size, comparison=comparison, overwrite=overwrite
+        )
+
+    def push_to_hub(
+        self,
+        repo_id: str,
+        *,
+        private: bool | None = None,
+        token: str | None = None,
+        commit_message: str | None = None,
+        max_shard_size: int | str = "5GB",
+        comparison: Compared | None = None,
+    ) -> str:
+        """What `save_pretrained` writes, in a repository of the Hugging Face hub; its address.
+
+        Args:
+            repo_id: "organisation/name"; see `push_checkpoint` for all of these.
+            private: of a new repository.
+            token: None for `HF_TOKEN`, or that of `hf auth login`.
+            commit_message: None for one that says what is uploaded.
+            max_shard_size: of tensors in a file, in bytes or as "5GB".
+            comparison: for the card.
+
+        Raises:
+            ConfigError: no such name can be, no token, or the hub is switched off (`HF_HUB_OFFLINE`).
+            OutputError: the hub refuses or cannot be reached.
+        """
+        return push_checkpoint(
+            self.folder,
+            repo_id,
+            private=private,
+            token=token,
+            commit_message=commit_message,
+            max_shard_size=max_shard_size,
+            comparison=comparison,
+        )
 
     @cached_property
     def tokenizer(self) -> Any:
