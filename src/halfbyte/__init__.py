@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from halfbyte.conversion.result import Conversion
     from halfbyte.conversion.verification import Verification
     from halfbyte.conversion.verify import verify
+    from halfbyte.device.snapshot import Snapshot, snapshot
     from halfbyte.device.timing import Benchmarker, CUDATimer, Timer, profile_scope
     from halfbyte.errors import HalfbyteError
     from halfbyte.evaluation.compare import compare
@@ -52,6 +53,7 @@ _HOMES = {
     "QuantizationReport": "halfbyte.quantization.report",
     "QuantizedTensor": "halfbyte.tensor",
     "Report": "halfbyte.report.html_report",
+    "Snapshot": "halfbyte.device.snapshot",
     "Timer": "halfbyte.device.timing",
     "Verification": "halfbyte.conversion.verification",
     "build_report": "halfbyte.report.build",
@@ -64,6 +66,7 @@ _HOMES = {
     "profile_scope": "halfbyte.device.timing",
     "quantize": "halfbyte.generation.self_calibration",
     "rejection_sample": "halfbyte.sampling.rejection",
+    "snapshot": "halfbyte.device.snapshot",
     "verify": "halfbyte.conversion.verify",
 }
 
@@ -82,6 +85,7 @@ __all__ = [
     "QuantizationReport",
     "QuantizedTensor",
     "Report",
+    "Snapshot",
     "Timer",
     "Verification",
     "build_report",
@@ -94,6 +98,7 @@ __all__ = [
     "profile_scope",
     "quantize",
     "rejection_sample",
+    "snapshot",
     "verify",
 ]
 

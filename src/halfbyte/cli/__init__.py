@@ -17,6 +17,7 @@ from halfbyte.cli import (
     compare,
     convert,
     demo,
+    device,
     doctor,
     evaluate,
     explain,
@@ -86,6 +87,7 @@ app.command("verify")(interruptible(verify.command))
 app.command("report")(interruptible(report.command))
 app.command("explain")(interruptible(explain.command))
 app.command("backends")(interruptible(backends.command))
+app.command("device")(interruptible(device.command))
 app.command("doctor")(interruptible(doctor.command))
 
 
