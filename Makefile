@@ -38,7 +38,7 @@ demo: $(VENV)/.halfbyte
 	$(BIN)/python examples/demo.py
 
 test: $(VENV)/.dev
-	$(BIN)/python -m pytest -m "not slow and not gpu and not interop"
+	$(BIN)/python -m pytest -n logical --dist worksteal -m "not slow and not gpu and not interop"
 
 test-slow: $(VENV)/.dev
 	$(BIN)/python -m pytest -m "slow and not gpu and not interop"
