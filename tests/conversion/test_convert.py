@@ -317,3 +317,54 @@ def test_a_stranger_among_the_tensors_is_not_written_over(in_gemm: Callable[[boo
         writer.commit()
     with pytest.raises(CheckpointError, match=r"^tensor model.layers.0.mlp.down_proj.g_idx: is no part of the layout"):
         convert(tmp_path / "model", tmp_path / "out", "gptq", progress=False)
+
+
+def hostile(folder: Path, output: Path, change: Callable[[Path, dict[str, str]], None]) -> Path:
+    """In shards, with something broken."""
+    convert(folder, output, "safetensors", max_shard_size="100KB", progress=False)
+    index = output / "model.safetensors.index.json"
+    document = json.loads(index.read_text())
+    change(output, document["weight_map"])
+    index.write_text(json.dumps(document))
+    return output
+
+
+def lose(folder: Path, weight_map: dict[str, str]) -> None:
+    (folder / weight_map["model.norm.weight"]).unlink()
+
+
+HOSTILE: dict[str, tuple[Callable[[Path, dict[str, str]], None], str]] = {
+    "index leads out": (
+        lambda folder, weight_map: weight_map.update({"model.norm.weight": "../model.safetensors"}),
+        "must be a file name in the same folder$",
+    ),
+    "a shard is gone": (lose, "is missing; fetch it again$"),
+}
+
+
+@pytest.mark.parametrize("kind", HOSTILE)
+def test_a_hostile_folder_is_one_line_and_nothing_written(
+    in_gemm: Callable[[bool], Path], tmp_path: Path, kind: str
+) -> None:
+    change, message = HOSTILE[kind]
+    broken = hostile(in_gemm(False), tmp_path / "broken", change)
+    with pytest.raises(CheckpointError, match=message) as error:
+        convert(broken, tmp_path / "out", "gptq", progress=False)
+    assert str(error.value).isprintable()
+    assert {path.name for path in tmp_path.iterdir()} == {"broken"}
+
+
+def test_scales_that_are_not_finite_are_one_line_and_nothing_written(
+    in_gemm: Callable[[bool], Path], tmp_path: Path
+) -> None:
+    checkpoint = Checkpoint.open(in_gemm(False))
+    damaged = "model.layers.1.mlp.gate_proj.scales"
+    with CheckpointWriter(tmp_path / "broken") as writer:
+        for name in checkpoint.names():
+            tensor = checkpoint.read(name)
+            writer.add(name, torch.full_like(tensor, float("nan")) if name == damaged else tensor)
+        writer.add_json("config.json", checkpoint.config)
+        writer.commit()
+    with pytest.raises(CheckpointError, match=f"^tensor {damaged}: holds values that are not finite"):
+        convert(tmp_path / "broken", tmp_path / "out", "gptq", progress=False)
+    assert {path.name for path in tmp_path.iterdir()} == {"broken"}

@@ -142,7 +142,7 @@ class _Job:
                 fitting.add(name, tensor)
                 ticker.advance()
         fitting.check(self.format, self.source_format, summary)
-        self.traits = quantized.traits(summary)
+        self.traits = quantized.traits(summary, names_kept=target.names_kept)
         self.section = target.section(self.traits)
         self.layout = read_layout({"quantization_config": self.section})
 

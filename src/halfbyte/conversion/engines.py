@@ -183,7 +183,7 @@ def check_engine(
         return check
     check.problems += [problem for rule in engine.sections if (problem := rule(section)) is not None]
     if format != "compressed-tensors":
-        check.problems += _excluded(engine, quantized, read_names(section.get("modules_to_not_convert") or None, "x"))
+        check.problems += _excluded(engine, quantized, _entries(section))
     gpus = tensor_parallel if engine.fused else 1
     shapes, uneven = _per_gpu(engine, weights, gpus)
     check.problems += uneven
@@ -193,6 +193,11 @@ def check_engine(
     if format in engine.kernels:
         check.detail += f"; {fast} of {len(shapes)} products on {engine.kernels[format][0].name}"
     return check
+
+
+def _entries(section: Mapping[str, Any]) -> tuple[str, ...]:
+    key = "modules_to_not_convert"
+    return read_names(section.get(key) or None, key)
 
 
 def _excluded(engine: Engine, quantized: QuantizedCheckpoint, entries: Sequence[str]) -> list[str]:

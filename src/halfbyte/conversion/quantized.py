@@ -72,8 +72,16 @@ class QuantizedCheckpoint:
             if name.endswith(".weight") and linear:
                 yield name.removesuffix(".weight")
 
-    def traits(self, weights: WeightSummary) -> Traits:
-        """What config.json of the converted checkpoint is to say."""
+    def traits(self, weights: WeightSummary, *, names_kept: bool) -> Traits:
+        """What config.json of the converted checkpoint is to say.
+
+        Args:
+            weights: all of them.
+            names_kept: whether it must name every linear left in 16 bit; that takes the model's skeleton.
+
+        Raises:
+            UnsupportedError: transformers cannot build the model, and names are needed that config.json lacks.
+        """
         section = self.checkpoint.config["quantization_config"]
         listed = None
         if section.get("quant_method", awq.METHOD) in (awq.METHOD, native.METHOD):
@@ -84,7 +92,7 @@ class QuantizedCheckpoint:
             symmetric=weights.symmetric,
             any_order=weights.any_order,
             not_converted=listed or self.kept_linears,
-            ignored=self.kept_linears,
+            ignored=self.kept_linears if names_kept else (),
         )
 
 

@@ -26,7 +26,7 @@ class Traits:
         symmetric: whether every zero point is 8.
         any_order: whether a linear has groups of columns that are no neighbours.
         not_converted: parts of names of what stayed in 16 bit.
-        ignored: full names of the linears that stayed in 16 bit.
+        ignored: full names of the linears that stayed in 16 bit, where the layout wants them.
     """
 
     bits: int
@@ -48,6 +48,7 @@ class Target:
         section: the `quantization_config` of config.json.
         suggested: whether it is named where another layout cannot hold a checkpoint.
         mixed: whether each linear says its own group size.
+        names_kept: whether config.json names every linear left in 16 bit in full.
     """
 
     keys: tuple[str, ...]
@@ -56,6 +57,7 @@ class Target:
     section: Callable[[Traits], dict[str, Any]]
     suggested: bool = True
     mixed: bool = False
+    names_kept: bool = False
 
 
 def _awq(
@@ -105,6 +107,7 @@ TARGETS: dict[str, Target] = {
         compressed_tensors.cannot_hold,
         lambda tensor, name, traits: compressed_tensors.pack(tensor, name, symmetric=traits.symmetric),
         _compressed_tensors_section,
+        names_kept=True,
     ),
     "gptq": Target(gptq.KEYS, gptq.cannot_hold, lambda tensor, name, traits: gptq.pack(tensor, name), _gptq_section),
     "gemv": _awq(gemv.KEYS, gemv.cannot_hold, gemv.pack, gemv.quantization_config),

@@ -124,7 +124,9 @@ class _Job:
             elif self.quantized is not None and name == f"{linear}.{self.quantized.layout.marker}":
                 self._unpack(linear)
             ticker.advance(self.checkpoint.info(name).nbytes)
-        self.finite.detail = ", ".join(f"{count} × {dtype}" for dtype, count in dtypes.most_common()) + ", all finite"
+        if dtypes:
+            counts = ", ".join(f"{count} × {dtype}" for dtype, count in dtypes.most_common())
+            self.finite.detail = f"{counts}, all finite"
         if self.weights:
             zeros = f"zero points {min(self._zeros)} to {max(self._zeros)}" if self._zeros else "floating minima"
             self.linears.detail = f"{len(self.weights)} unpacked, {zeros}"
