@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from halfbyte.device import gpu
-from halfbyte.device.gpu import GpuReader, found_gpu, gpu_states
+from halfbyte.device.gpu import GpuReader, found_gpu, found_gpus, gpu_states
 from halfbyte.device.gpu_facts import known_gpu
 from halfbyte.errors import UnsupportedError
 from tests.device.nvml import fake_nvml
@@ -84,3 +84,19 @@ def test_without_a_gpu_an_architecture_is_asked_for(monkeypatch: pytest.MonkeyPa
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     with pytest.raises(UnsupportedError, match="no CUDA GPU that torch sees; name an architecture: --arch sm_90"):
         found_gpu()
+    monkeypatch.setitem(sys.modules, "pynvml", fake_nvml(1))
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
+    gpus, why = found_gpus()
+    assert gpus == []
+    assert "torch sees" in str(why)
+
+
+def test_a_gpu_whose_limits_are_not_known_is_no_reason_to_fail(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "pynvml", fake_nvml(1))
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    properties = SimpleNamespace(major=7, minor=0, name="V100", multi_processor_count=80, L2_cache_size=6 << 20)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda index: properties)
+    gpus, why = found_gpus()
+    assert gpus == []
+    assert "sm_70: its limits are not known here" in str(why)

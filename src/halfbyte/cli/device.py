@@ -15,8 +15,6 @@ from halfbyte.errors import ConfigError
 if TYPE_CHECKING:
     from rich.table import Table
 
-    from halfbyte.device.gpu_facts import Gpu
-
 
 def command(
     hierarchy: Annotated[
@@ -97,12 +95,16 @@ def _show_snapshot(json: bool) -> None:
 
 def _show_hierarchy(arch: str | None, output_dir: Path | None, json: bool) -> None:
     from halfbyte.cli.device_view import hierarchy_lines
+    from halfbyte.device.gpu import found_gpus
+    from halfbyte.device.gpu_facts import known_gpu
     from halfbyte.device.hierarchy import cpu_hierarchy, gpu_hierarchy
 
+    no_gpu = None
     if arch is not None:
-        found = [gpu_hierarchy(_gpu(arch), measured=False)]
+        found = [gpu_hierarchy(known_gpu(arch), measured=False)]
     else:
-        found = [cpu_hierarchy(), *(gpu_hierarchy(gpu, measured=True) for gpu in _found())]
+        gpus, no_gpu = found_gpus()
+        found = [cpu_hierarchy(), *(gpu_hierarchy(gpu, measured=True) for gpu in gpus)]
     written: list[Path] = []
     missing = None
     if output_dir is not None:
@@ -110,32 +112,22 @@ def _show_hierarchy(arch: str | None, output_dir: Path | None, json: bool) -> No
 
         written, missing = write_hierarchies(found, output_dir)
     if json:
-        _print_json({"hierarchies": [one.to_dict() for one in found]}, written, missing)
+        _print_json({"hierarchies": [one.to_dict() for one in found], "no_gpu": no_gpu}, written, missing)
         return
     print("\n\n".join("\n".join(hierarchy_lines(one)) for one in found))
+    if no_gpu is not None:
+        print(f"no GPU: {no_gpu}")
     _say_written(written, missing)
-
-
-def _found() -> list[Gpu]:
-    """This machine's first GPU, if any; torch is not asked where there is no driver."""
-    from halfbyte.device.gpu import found_gpu, gpu_states
-
-    return [found_gpu()] if gpu_states()[0] else []
-
-
-def _gpu(arch: str | None) -> Gpu:
-    from halfbyte.device.gpu import found_gpu
-    from halfbyte.device.gpu_facts import known_gpu
-
-    return found_gpu() if arch is None else known_gpu(arch)
 
 
 def _show_launch(text: str, arch: str | None, json: bool) -> None:
     from halfbyte.cli.device_view import launch_lines
+    from halfbyte.device.gpu import found_gpu
+    from halfbyte.device.gpu_facts import known_gpu
     from halfbyte.device.kernel_config import parse_kernel_config, plan_launch
 
     config = parse_kernel_config(text)
-    plan = plan_launch(_gpu(arch), config)
+    plan = plan_launch(found_gpu() if arch is None else known_gpu(arch), config)
     if json:
         print_json(plan.to_dict())
         return

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from halfbyte.device.gpu_facts import Gpu, known_gpu
-from halfbyte.errors import UnsupportedError
+from halfbyte.errors import ConfigError, UnsupportedError
 
 T = TypeVar("T")
 
@@ -194,6 +194,17 @@ def found_gpu() -> Gpu:
         l2=properties.L2_cache_size,
         bandwidth=copy_bandwidth(),
     )
+
+
+def found_gpus() -> tuple[list[Gpu], str | None]:
+    """What `found_gpu` finds, or nothing and why; torch is imported only where a driver is loaded."""
+    states, missing = gpu_states()
+    if not states and not _DRIVER.exists():
+        return [], missing
+    try:
+        return [found_gpu()], None
+    except (UnsupportedError, ConfigError) as error:
+        return [], str(error)
 
 
 def copy_bandwidth() -> float:
