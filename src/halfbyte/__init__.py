@@ -12,6 +12,7 @@ from halfbyte.registration import register_with_transformers
 
 if TYPE_CHECKING:
     from halfbyte.conversion.convert import convert
+    from halfbyte.conversion.gguf_file import export_gguf
     from halfbyte.conversion.result import Conversion
     from halfbyte.conversion.verification import Verification
     from halfbyte.conversion.verify import verify
@@ -59,6 +60,7 @@ _HOMES = {
     "build_report": "halfbyte.report.build",
     "compare": "halfbyte.evaluation.compare",
     "convert": "halfbyte.conversion.convert",
+    "export_gguf": "halfbyte.conversion.gguf_file",
     "load": "halfbyte.generation.model",
     "model_card": "halfbyte.publishing.card",
     "perplexity": "halfbyte.evaluation.perplexity",
@@ -91,6 +93,7 @@ __all__ = [
     "build_report",
     "compare",
     "convert",
+    "export_gguf",
     "load",
     "model_card",
     "perplexity",

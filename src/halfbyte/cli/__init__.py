@@ -52,6 +52,7 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
+    context_settings={"help_option_names": ["-h", "--help"]},
 )
 
 
@@ -72,23 +73,27 @@ def _halfbyte(
     """The help is above."""
 
 
-app.command("quantize")(interruptible(quantize.command))
-app.command("generate")(interruptible(generate.command))
-app.command("chat")(interruptible(chat.command))
-app.command("eval")(interruptible(evaluate.command))
-app.command("compare")(interruptible(compare.command))
-app.add_typer(bench.app, name="bench")
-app.add_typer(demo.app, name="demo")
-app.command("profile")(interruptible(profile.command))
-app.add_typer(models.app, name="models")
-app.add_typer(inspect.app, name="inspect")
-app.command("convert")(interruptible(convert.command))
-app.command("verify")(interruptible(verify.command))
-app.command("report")(interruptible(report.command))
-app.command("explain")(interruptible(explain.command))
-app.command("backends")(interruptible(backends.command))
-app.command("device")(interruptible(device.command))
-app.command("doctor")(interruptible(doctor.command))
+# In the order of the help; each with what fits one line of it.
+for _name, _command, _summary in (
+    ("quantize", quantize.command, "Make a 4-bit copy of a model."),
+    ("generate", generate.command, "Generate text, streamed as it comes."),
+    ("chat", chat.command, "Chat with a model, at a terminal or from a pipe."),
+    ("convert", convert.command, "Store a quantized checkpoint in another layout."),
+    ("verify", verify.command, "Check a checkpoint, and who else can open it."),
+    ("eval", evaluate.command, "Measure perplexity and speed of one model."),
+    ("compare", compare.command, "How much worse, how much faster: models in turn."),
+    ("profile", profile.command, "Time one block's linears in 16 bit and in 4."),
+    ("report", report.command, "Write one HTML page about a 4-bit copy, to send."),
+    ("explain", explain.command, "Lessons: packing, rounding, awq, kernel, gpu, …"),
+    ("backends", backends.command, "Which kernels run here, and why."),
+    ("device", device.command, "What this machine has, and what it can do."),
+    ("doctor", doctor.command, "Check the installation."),
+):
+    app.command(_name, short_help=_summary)(interruptible(_command))
+app.add_typer(inspect.app, name="inspect", short_help="Layers, rounding, channels, weights, memory, folds.")
+app.add_typer(bench.app, name="bench", short_help="Time the fused decoder and the samplers.")
+app.add_typer(demo.app, name="demo", short_help="Samplers and speculative decoding at work.")
+app.add_typer(models.app, name="models", short_help="The models halfbyte knows by name.")
 
 
 def main() -> None:
