@@ -41,7 +41,7 @@ def quantized(tiny_llama: Path, tmp_path_factory: pytest.TempPathFactory) -> tup
         "--max-calib-samples", 4, "--max-calib-seq-len", 64, "--group-size", 32, "--json",
     )  # fmt: skip
     assert result.returncode == 0, result.stderr
-    assert result.stderr == ""
+    assert not [line for line in result.stderr.splitlines() if " so far" not in line]
     report: dict[str, object] = json.loads(result.stdout)
     return folder / "out", report
 

@@ -266,10 +266,13 @@ def test_ctrl_c_is_one_line_code_2_and_keeps_what_is_finished(finished: int, tin
     process.send_signal(signal.SIGINT)
     _, stderr = process.communicate(timeout=60)
     assert process.returncode == 2
+    # On a slow machine lines of progress come before it.
+    *progress, last = stderr.splitlines()
+    assert all(line.startswith("halfbyte: Quantizing") for line in progress)
     if finished:
         kept = "1 of 2 blocks are finished and kept; run the same command again to go on"
-        assert stderr == f"halfbyte: stopped by Ctrl-C; {kept}\n"
+        assert last == f"halfbyte: stopped by Ctrl-C; {kept}"
         assert sorted(path.name for path in tmp_path.iterdir()) == [".out.partial", "text.txt"]
     else:
-        assert stderr == "halfbyte: stopped by Ctrl-C; nothing unfinished was kept\n"
+        assert last == "halfbyte: stopped by Ctrl-C; nothing unfinished was kept"
         assert [path.name for path in tmp_path.iterdir()] == ["text.txt"]
