@@ -41,7 +41,7 @@ def interruptible(command: Callable[..., None]) -> Callable[..., None]:
             command(*args, **kwargs)
         except ConfigError as error:
             name, rest = re.match(r"(\w*)(.*)", str(error), re.DOTALL).groups()  # type: ignore[union-attr]
-            if name in ARGUMENTS or name not in kwargs:
+            if name in ARGUMENTS or name not in kwargs or "expected" not in rest:
                 raise
             raise ConfigError(f"--{name.replace('_', '-')}{rest}") from error
         except KeyboardInterrupt as error:  # with a text where something was kept
