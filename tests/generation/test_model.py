@@ -221,7 +221,7 @@ def test_bad_prompts_and_lengths_are_refused(model: halfbyte.Model) -> None:
 @pytest.mark.parametrize(
     ("settings", "kind", "message"),
     [
-        ({"backend": "marlin"}, ConfigError, "backend 'marlin': expected \"auto\" or one of cuda, native, torch, reference"),
+        ({"backend": "marlin"}, ConfigError, "backend 'marlin': expected \"auto\" or one of cuda, native, torch"),
         ({"device": "tpu"}, ConfigError, "device 'tpu'"),
     ],
 )
