@@ -8,7 +8,7 @@ from cuda_machine import Machine
 from weights import random_weight, truth
 
 from halfbyte.errors import UnsupportedError
-from halfbyte.kernels import cuda_build, cuda_launch, cuda_linear, w4a16
+from halfbyte.kernels import cuda_build, cuda_linear, w4a16
 from halfbyte.kernels.cuda_launch import GEOMETRIES, geometry_for
 from halfbyte.kernels.cuda_layout import CudaWeight
 from halfbyte.kernels.cuda_linear import CudaLinear
@@ -175,4 +175,3 @@ def test_never_more_blocks_than_steps() -> None:
     assert narrow.steps(1, 128, 320) == 2 * 2
     assert wide.steps(100, 192, 320) == 2 * 1 * 5
     assert {geometry.name for geometry in GEOMETRIES} == {f"w4a16_rows{rows}" for rows in (8, 16, 32, 64)}
-    assert cuda_launch.TYPES.keys() == {torch.float16, torch.bfloat16}

@@ -8,8 +8,9 @@ from typing import Any
 import torch
 
 from halfbyte.errors import UnsupportedError
-from halfbyte.kernels.cuda_launch import TYPES, kernels_of
+from halfbyte.kernels.cuda_launch import kernels_of
 from halfbyte.kernels.cuda_layout import lay_out, restore
+from halfbyte.kernels.cuda_module import TYPES
 from halfbyte.tensor import QuantizedTensor
 
 _ALIGNMENT = 16
