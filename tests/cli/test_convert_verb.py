@@ -83,8 +83,8 @@ def test_verify_groups_what_is_alike_and_exits_with_1(converted: tuple[Path, str
 def test_verify_refuses_what_it_cannot_look_at(converted: tuple[Path, str], tmp_path: Path) -> None:
     for arguments, message in (
         ([tmp_path], "has no config.json"),
-        ([converted[0], "--for", "sglang"], "engine 'sglang': rules are known of vllm, transformers, autoawq"),
-        ([converted[0], "--tp", 2], "name vllm"),
+        ([converted[0], "--for", "tgi"], "engine 'tgi': rules are known of vllm, sglang, transformers, autoawq"),
+        ([converted[0], "--tp", 2], "vllm or sglang"),
     ):
         result = run("verify", *arguments)
         assert (result.returncode, result.stdout, result.stderr.count("\n")) == (2, "", 1)

@@ -13,6 +13,7 @@ import halfbyte
 from halfbyte import QuantConfig
 from halfbyte.conversion import engines
 from halfbyte.conversion.convert import convert
+from halfbyte.conversion.splitting import Heads, split
 from halfbyte.conversion.verify import verify
 from tests.conftest import make_llama
 
@@ -48,8 +49,8 @@ def edited(folder: Path, tmp_path: Path, **section: Any) -> Path:
 def test_a_checkpoint_by_the_rules_loads_and_is_fast(wide: Path, engine: str) -> None:
     found = look(wide, engine)
     assert (found.result, found.problems, found.notes) == ("ok", [], [])
-    # vLLM's products: q+k+v, o, gate+up and down of two blocks.
-    assert ("8 of 8 products on Marlin" if engine == "vllm" else "14 of 14 products on") in found.detail
+    # Products of vLLM and SGLang: q+k+v, o, gate+up and down of two blocks.
+    assert ("8 of 8 products on Marlin" if engine in ("vllm", "sglang") else "14 of 14 products on") in found.detail
 
 
 @pytest.mark.parametrize(
@@ -58,7 +59,7 @@ def test_a_checkpoint_by_the_rules_loads_and_is_fast(wide: Path, engine: str) ->
         ("gemv", ["transformers", "autoawq"]),
         ("gemv_fast", ["transformers", "autoawq"]),
         ("llm-awq", ["transformers"]),
-        ("compressed-tensors", ["vllm", "transformers"]),
+        ("compressed-tensors", ["vllm", "sglang", "transformers"]),
         ("native", []),
     ],
 )
@@ -93,7 +94,7 @@ def test_names_left_in_16_bit_are_matched_as_each_engine_does(wide: Path, tmp_pa
     copy = edited(wide, tmp_path, modules_to_not_convert=["lm_head", "layers.1"])
     problems = {engine: look(copy, engine).problems for engine in engines.ENGINES}
     assert f"{DOWN}: is quantized, but an entry of modules_to_not_convert matches it" in problems["vllm"][0]
-    assert len(problems["vllm"]) == 7
+    assert len(problems["vllm"]) == len(problems["sglang"]) == 7
     assert problems["transformers"] == problems["autoawq"] == []
 
 
@@ -105,6 +106,11 @@ def test_a_linear_in_16_bit_must_be_matched(wide: Path, tmp_path: Path) -> None:
     assert found["vllm"] == [
         "model.layers.0.self_attn: of q_proj, k_proj, v_proj, which become one product there, only q_proj, v_proj "
         "are quantized"
+    ]
+    # SGLang asks for qkv_proj, which no entry is a part of.
+    assert found["sglang"] == [
+        f"{K_PROJ}: is in 16 bit, but no entry of modules_to_not_convert matches it by its rule",
+        *found["vllm"],
     ]
     assert found["transformers"] == []
     # AutoAWQ sees `self_attn.k_proj` alone.
@@ -124,15 +130,46 @@ def test_keys_that_an_engine_does_not_read(wide: Path, tmp_path: Path) -> None:
     ]
 
 
+def test_sglang_does_not_pad_and_wants_fp16_off_its_fast_kernel(quantized_llama: Path, tmp_path: Path) -> None:
+    """Inputs of 64 and 96 are no multiples of 128; the model is in bf16, so that the plain kernel is none either."""
+    found = look(quantized_llama, "sglang")
+    assert "model.layers.0.self_attn.o_proj: no kernel takes it (Marlin: 64 outputs and 64 inputs, it needs" in (
+        "\n".join(found.problems)
+    )
+    assert "activations in bfloat16, it takes float16" in found.problems[0]
+
+
 def test_tensor_parallelism_splits_outputs_or_inputs(wide: Path) -> None:
     assert look(wide, "vllm", 2).problems == []
     eight = look(wide, "vllm", 8).problems
     assert "model.layers.0.self_attn.o_proj: 32 inputs on each of 8 GPUs are no whole groups of 64" in eight
+    assert "4 attention heads cannot be split over 8 GPUs" in eight
     assert not any("down_proj" in problem for problem in eight)  # 512 / 8 = 64
     three = look(wide, "vllm", 3).problems
-    assert f"{K_PROJ}: 256 outputs cannot be split over 3 GPUs" in three
+    assert "model.layers.0.self_attn.q_proj: 256 outputs cannot be split over 3 GPUs" in three
     assert f"{DOWN}: 512 inputs cannot be split over 3 GPUs" in three
     assert (
-        f"{K_PROJ}: 4 outputs on each of 64 GPUs are no multiple of 8, what a word packs"
+        "model.layers.0.self_attn.q_proj: 4 outputs on each of 64 GPUs are no multiple of 8, what a word packs"
         in look(wide, "vllm", 64).problems
     )
+
+
+@pytest.mark.parametrize(
+    ("heads", "gpus", "expected"),
+    [
+        (Heads(32, 8), 8, {"a.q_proj+k_proj+v_proj": (32 * 16 // 8 + 2 * 16, 512, 128)}),
+        # Twice as many GPUs as key-value heads: each has a copy of one.
+        (Heads(32, 8), 16, {"a.q_proj+k_proj+v_proj": (32 * 16 // 16 + 2 * 16, 512, 128)}),
+        (Heads(24, 8), 12, "8 key-value heads cannot be split over 12 GPUs, nor copied to them evenly"),
+        (Heads(32, 8), 5, "32 attention heads cannot be split over 5 GPUs"),
+    ],
+)
+def test_heads_are_split_whole_and_few_of_them_copied(heads: Heads, gpus: int, expected: Any) -> None:
+    width = 16
+    weights = {"a.q_proj": (heads.queries * width, 512, 128)}
+    weights |= {f"a.{name}": (heads.keys * width, 512, 128) for name in ("k_proj", "v_proj")}
+    shapes, problems = split(weights, gpus, heads)
+    if isinstance(expected, str):
+        assert expected in problems
+    else:
+        assert (shapes, problems) == (expected, [])

@@ -151,14 +151,19 @@ def test_a_missing_shard_is_one_problem_of_the_files(sharded: Path) -> None:
     found = run(sharded)
     (problem,) = check(found, "files and index").problems
     assert problem.startswith(f"{shard.name}: missing, with the ")
-    assert check(found, "names and shapes").result == "problem"
+    assert found.problems == [problem]
+    assert "as far as the files could be read" in check(found, "names and shapes").detail
 
 
-def test_a_truncated_shard_is_a_problem(sharded: Path) -> None:
-    shard = sorted(sharded.glob("model-*.safetensors"))[0]
-    shard.write_bytes(shard.read_bytes()[:-5])
-    (problem,) = check(run(sharded), "files and index").problems
-    assert "truncated" in problem
+def test_a_truncated_shard_is_one_problem_and_does_not_hide_others(sharded: Path) -> None:
+    first, *_, last = sorted(sharded.glob("model-*.safetensors"))
+    first.write_bytes(first.read_bytes()[:-5])
+    tensors = load_file(last)
+    save_file({**tensors, NORM: torch.full_like(tensors[NORM], torch.nan)}, last, metadata={"format": "pt"})
+    truncated, not_finite, changed = run(sharded).problems
+    assert "truncated" in truncated
+    assert f"{NORM}: 64 of 64 values are not finite" in not_finite
+    assert f"{NORM}: changed since it was written" in changed
 
 
 def test_a_tensor_that_is_there_twice_is_a_problem(sharded: Path) -> None:
@@ -219,9 +224,9 @@ def test_what_is_no_model_is_refused(tmp_path: Path, quantized_llama: Path) -> N
         run(tmp_path / "nowhere")
     with pytest.raises(CheckpointError, match="has no config.json"):
         run(tmp_path)
-    with pytest.raises(ConfigError, match="engine 'sglang': rules are known of vllm, transformers, autoawq"):
-        run(quantized_llama, engines=["sglang"])
+    with pytest.raises(ConfigError, match="engine 'tgi': rules are known of vllm, sglang, transformers, autoawq"):
+        run(quantized_llama, engines=["tgi"])
     with pytest.raises(ConfigError, match="tensor_parallel: expected at least 1"):
         run(quantized_llama, engines=["vllm"], tensor_parallel=0)
-    with pytest.raises(ConfigError, match="an engine that splits linears; name vllm"):
+    with pytest.raises(ConfigError, match="an engine that splits linears: vllm or sglang"):
         run(quantized_llama, tensor_parallel=2)

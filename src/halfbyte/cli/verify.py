@@ -21,11 +21,11 @@ def command(
     engine: Annotated[
         list[str] | None,
         typer.Option(
-            "--for", help="Also by the rules of vllm, transformers or autoawq, read from their sources; repeatable."
+            "--for", help="Also by the rules of vllm, sglang, transformers or autoawq; repeatable."
         ),
     ] = None,
     tensor_parallel: Annotated[
-        int, typer.Option("--tp", help="With --for vllm: GPUs that each linear is to be split over.")
+        int, typer.Option("--tp", help="With --for vllm or sglang: GPUs that each linear is to be split over.")
     ] = 1,
     json: JsonFlag = False,
 ) -> None:

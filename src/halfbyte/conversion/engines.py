@@ -1,7 +1,8 @@
 """Whether other engines load a checkpoint and run each linear on their fast kernel: their rules, as data.
 
-Read from their sources, not run here: AutoAWQ 0.2.9, transformers 5.23 (which loads AWQ through GPTQModel 7.3), and
-vLLM, whose older releases (until about 2026) send what does not fit Marlin to a slower kernel; newer ones pad it.
+Read from their sources, not run here: AutoAWQ 0.2.9, transformers 5.23 (which loads AWQ through GPTQModel 7.3),
+vLLM, whose older releases (until about 2026) send what does not fit Marlin to a slower kernel; newer ones pad it; and
+SGLang as of 2026, which took Marlin over from the older ones.
 """
 
 from __future__ import annotations
@@ -15,19 +16,13 @@ import torch
 
 from halfbyte.checkpoints.reader import Checkpoint
 from halfbyte.conversion.quantized import QuantizedCheckpoint
+from halfbyte.conversion.splitting import FUSED, Heads, Weights, half_quantized, split
 from halfbyte.conversion.targets import format_of
 from halfbyte.conversion.verification import Check
 from halfbyte.errors import HalfbyteError
 from halfbyte.formats.checks import read_names
 
-# Name of a linear → outputs, inputs, group size.
-Weights = Mapping[str, tuple[int, int, int]]
-# How tensor parallelism splits a linear, by the last part of its name: its outputs, or its inputs.
-BY_OUTPUTS = ("q_proj", "k_proj", "v_proj", "qkv_proj", "gate_proj", "up_proj", "gate_up_proj")
-BY_INPUTS = ("o_proj", "down_proj")
 _PADDED = "newer releases pad them on every call, older ones take a slower kernel"
-# vLLM makes one product of these, so that all or none of them may be quantized, and their outputs add up.
-FUSED = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
 
 
 @dataclass(frozen=True)
@@ -56,6 +51,7 @@ class Engine:
         sections: checks of the quantization_config, each a problem or None.
         unknown: formats that it opens by rules not known here.
         fused: whether it makes one product of linears that share an input, and splits products over GPUs.
+        looks: whether it finds what is in 16 bit by looking into the files if config.json names nothing.
     """
 
     formats: tuple[str, ...]
@@ -64,6 +60,7 @@ class Engine:
     sections: tuple[Callable[[Mapping[str, Any]], str | None], ...]
     unknown: tuple[str, ...] = ()
     fused: bool = False
+    looks: bool = False
 
 
 def _classic(outputs: int, inputs: int, size: int) -> str | None:
@@ -92,6 +89,21 @@ def _marlin_unpadded(outputs: int, inputs: int, size: int) -> str | None:
     return f"{outputs} outputs and {inputs} inputs, it needs multiples of 64 and 128 or of 128 and 64; {_PADDED}"
 
 
+def _marlin_of_sglang(outputs: int, inputs: int, size: int) -> str | None:
+    """SGLang's: N % 64 and K % 128, nothing else, and no padding."""
+    reason = _marlin(outputs, inputs, size)
+    if reason is None and (outputs % 64 or inputs % 128):
+        reason = f"{outputs} outputs and {inputs} inputs, it needs multiples of 64 and of 128"
+    return reason
+
+
+def _plain_of_sglang(outputs: int, inputs: int, size: int) -> str | None:
+    """SGLang's AWQ kernel: dequantize, then multiply; its loader wants whole groups and whole words."""
+    if inputs % size:
+        return f"{inputs} inputs are no whole groups of {size}"
+    return f"{outputs} outputs are no multiple of 8" if outputs % 8 else None
+
+
 def _gptqmodel(outputs: int, inputs: int, size: int) -> str | None:
     """Group sizes that GPTQModel's AWQ classes know."""
     return None if size in (16, 32, 64, 128, inputs) else f"groups of {size}; it knows 16, 32, 64, 128 and whole rows"
@@ -100,6 +112,13 @@ def _gptqmodel(outputs: int, inputs: int, size: int) -> str | None:
 def _substring(name: str, entries: Sequence[str]) -> bool:
     """vLLM: any part of the full name."""
     return any(entry in name for entry in entries)
+
+
+def _substring_of_product(name: str, entries: Sequence[str]) -> bool:
+    """SGLang: any part of the full name of the product that the linear becomes a part of."""
+    path, _, leaf = name.rpartition(".")
+    product = next((product for product, parts in FUSED.items() if leaf in parts), leaf)
+    return any(entry in f"{path}.{product}" for entry in entries)
 
 
 def _substring_in_block(name: str, entries: Sequence[str]) -> bool:
@@ -126,6 +145,7 @@ def _needs_zero_point(section: Mapping[str, Any]) -> str | None:
 
 
 _AWQ_MARLIN = (Kernel("Marlin", _marlin_unpadded), Kernel("the plain AWQ kernel", _classic, half_only=True))
+_AWQ_OF_SGLANG = (Kernel("Marlin", _marlin_of_sglang), Kernel("the plain AWQ kernel", _plain_of_sglang, half_only=True))
 # AutoAWQ makes an fp16 model of whatever it loads.
 _GEMM = (Kernel("the AWQ GEMM kernel", _classic),)
 _ALL_OF_GPTQMODEL = (Kernel("GPTQModel", _gptqmodel),)
@@ -135,6 +155,15 @@ ENGINES: dict[str, Engine] = {
         ("gemm", "compressed-tensors"),
         {"gemm": _AWQ_MARLIN, "compressed-tensors": (Kernel("Marlin", _marlin_unpadded),)},
         _substring,
+        (_needs_zero_point,),
+        ("gptq",),
+        fused=True,
+        looks=True,
+    ),
+    "sglang": Engine(
+        ("gemm", "compressed-tensors"),
+        {"gemm": _AWQ_OF_SGLANG, "compressed-tensors": _AWQ_OF_SGLANG[:1]},
+        _substring_of_product,
         (_needs_zero_point,),
         ("gptq",),
         fused=True,
@@ -184,12 +213,14 @@ def check_engine(
     check.problems += [problem for rule in engine.sections if (problem := rule(section)) is not None]
     if format != "compressed-tensors":
         check.problems += _excluded(engine, quantized, _entries(section))
-    gpus = tensor_parallel if engine.fused else 1
-    shapes, uneven = _per_gpu(engine, weights, gpus)
-    check.problems += uneven
+    gpus, shapes = 1, weights
+    if engine.fused:
+        gpus = tensor_parallel
+        shapes, uneven = split(weights, gpus, Heads.of(checkpoint.config))
+        check.problems += uneven + half_quantized(weights)
     fast = _check_kernels(check, engine.kernels.get(format, ()), shapes, _model_dtype(checkpoint))
-    split = f", split over {gpus} GPUs" if gpus > 1 else ""
-    check.detail = f"{format}, {len(weights)} linears{split}"
+    over = f", split over {gpus} GPUs" if gpus > 1 else ""
+    check.detail = f"{format}, {len(weights)} linears{over}"
     if format in engine.kernels:
         check.detail += f"; {fast} of {len(shapes)} products on {engine.kernels[format][0].name}"
     return check
@@ -202,8 +233,8 @@ def _entries(section: Mapping[str, Any]) -> tuple[str, ...]:
 
 def _excluded(engine: Engine, quantized: QuantizedCheckpoint, entries: Sequence[str]) -> list[str]:
     """Linears that the engine takes for quantized and which are not, or the other way round."""
-    if not entries and engine.excluded is _substring:
-        return []  # vLLM looks into the files then
+    if not entries and engine.looks:
+        return []
     problems = [
         f"{linear}: is quantized, but an entry of modules_to_not_convert matches it by that engine's rule"
         for linear in quantized.linears
@@ -217,48 +248,6 @@ def _excluded(engine: Engine, quantized: QuantizedCheckpoint, entries: Sequence[
         in_block = re.search(r"\.\d+\.", linear) is not None
         if in_block and not engine.excluded(linear, entries):
             problems.append(f"{linear}: is in 16 bit, but no entry of modules_to_not_convert matches it by its rule")
-    return problems
-
-
-def _per_gpu(engine: Engine, weights: Weights, gpus: int) -> tuple[dict[str, tuple[int, int, int]], list[str]]:
-    """What one GPU holds of each product, and what cannot be split."""
-    shapes: dict[str, tuple[int, int, int]] = {}
-    problems = []
-    for name, (outputs, inputs, size) in weights.items():
-        path, _, leaf = name.rpartition(".")
-        count, what = (inputs, "inputs") if leaf in BY_INPUTS else (outputs, "outputs")
-        if leaf not in (*BY_INPUTS, *BY_OUTPUTS):
-            shapes[name] = (outputs, inputs, size)
-            continue
-        if count % gpus:
-            problems.append(f"{name}: {count} {what} cannot be split over {gpus} GPUs")
-            continue
-        part = count // gpus
-        if what == "inputs":
-            if gpus > 1 and size < inputs and part % size:
-                problems.append(f"{name}: {part} inputs on each of {gpus} GPUs are no whole groups of {size}")
-                continue
-            shapes[name] = (outputs, part, min(size, part))
-            continue
-        if part % 8:
-            problems.append(f"{name}: {part} outputs on each of {gpus} GPUs are no multiple of 8, what a word packs")
-            continue
-        fused = next((names for names in FUSED if leaf in names), None) if engine.fused else None
-        key = name if fused is None else f"{path}.{'+'.join(fused)}"
-        before = shapes.get(key, (0, inputs, size))
-        shapes[key] = (before[0] + part, inputs, size)
-    problems += _half_quantized(weights) if engine.fused else []
-    return shapes, problems
-
-
-def _half_quantized(weights: Weights) -> list[str]:
-    problems = []
-    for path in sorted({name.rpartition(".")[0] for name in weights}):
-        for names in FUSED:
-            there = [leaf for leaf in names if f"{path}.{leaf}" in weights]
-            if 0 < len(there) < len(names):
-                parts, found = ", ".join(names), ", ".join(there)
-                problems.append(f"{path}: of {parts}, which become one product there, only {found} are quantized")
     return problems
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Iterator, Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -37,7 +38,7 @@ def verify(
 
     Args:
         model: a folder, "sample:NAME" or a hub name; quantized or not.
-        engines: "vllm", "transformers" or "autoawq": also by their rules of shapes and names.
+        engines: "vllm", "sglang", "transformers" or "autoawq": also by their rules of shapes and names.
         tensor_parallel: GPUs that each linear is split over there.
         progress: show a bar with an ETA on a terminal.
 
@@ -52,14 +53,15 @@ def verify(
     if tensor_parallel < 1:
         raise ConfigError(f"tensor_parallel: expected at least 1, got {tensor_parallel}")
     if tensor_parallel > 1 and not any(ENGINES[engine].fused for engine in engines):
-        raise ConfigError("tensor_parallel: is checked by the rules of an engine that splits linears; name vllm")
+        raise ConfigError("tensor_parallel: is checked by the rules of an engine that splits linears: vllm or sglang")
     folder = resolve_model(model, progress=progress)
     if not (folder / "config.json").is_file():
         raise CheckpointError(f"{folder}: has no config.json; expected a Hugging Face model folder")
     config = read_config(folder)
     files = Check("files and index")
-    checkpoint = Checkpoint(folder, config, read_files(folder, files))
-    job = _Job(checkpoint)
+    tensors, complete = read_files(folder, files)
+    checkpoint = Checkpoint(folder, config, tensors)
+    job = _Job(checkpoint, complete)
     with progress_bar("Verifying", checkpoint.total_bytes, enabled=progress, unit="bytes") as ticker:
         job.read_everything(ticker)
     job.check_model()
@@ -73,14 +75,15 @@ class _Job:
     """One pass over all tensors, and what the model in config.json makes of them.
 
     Attributes:
+        complete: whether every file could be read. Where one could not, what is missing is no problem of its own.
         config, names, finite, linears, hashes: the checks.
         quantized: the linears; None if config.json announces no layout that can be read.
         weights: name → outputs, inputs and group size of each linear that could be unpacked.
         vocabulary: rows of the embedding; None if no model could be built.
     """
 
-    def __init__(self, checkpoint: Checkpoint):
-        self.checkpoint = checkpoint
+    def __init__(self, checkpoint: Checkpoint, complete: bool):
+        self.checkpoint, self.complete = checkpoint, complete
         self.config, self.names = Check("config.json"), Check("names and shapes")
         self.finite, self.linears, self.hashes = Check("numbers"), Check("quantized linears"), Check("hashes")
         self.quantized: QuantizedCheckpoint | None = None
@@ -131,8 +134,9 @@ class _Job:
             zeros = f"zero points {min(self._zeros)} to {max(self._zeros)}" if self._zeros else "floating minima"
             self.linears.detail = f"{len(self.weights)} unpacked, {zeros}"
         if self._recorded:
-            self.hashes.detail = f"{len(self._recorded)} tensors as recorded"
-            for name in self._recorded:
+            there = sum(name in self.checkpoint for name in self._recorded)
+            self.hashes.detail = f"{there} tensors as recorded"
+            for name in self._recorded if self.complete else ():
                 if name not in self.checkpoint:
                     self.hashes.problems.append(f"{shown(name)}: recorded in {MANIFEST_NAME}, not in the files")
 
@@ -152,16 +156,30 @@ class _Job:
 
     def _unpack(self, linear: str) -> None:
         assert self.quantized is not None
+        stored: dict[str, torch.Tensor] = {}
         try:
             stored = self.quantized.tensors(linear)
             for key, tensor in stored.items():
                 self._compare_hash(f"{linear}.{key}", tensor)
             weight = self.quantized.layout.unpack(stored, linear)
         except HalfbyteError as error:
-            self.linears.problems.append(str(error))
+            if self.complete or self._usual_keys <= set(stored):
+                self.linears.problems.append(str(error))
             return
         self.weights[linear] = (weight.out_features, weight.in_features, weight.group_size)
         self._check_range(linear, weight)
+
+    @cached_property
+    def _usual_keys(self) -> set[str]:
+        """What most linears have; one that has less, and a file missing, is not at fault itself."""
+        assert self.quantized is not None
+        there = Counter(
+            key
+            for name in self.quantized.linears
+            for key in self.quantized.layout.keys
+            if f"{name}.{key}" in self.checkpoint
+        )
+        return {key for key, count in there.items() if 2 * count > len(self.quantized.linears)}
 
     def _check_range(self, linear: str, weight: QuantizedTensor) -> None:
         parts = {"codes": weight.codes}
@@ -192,7 +210,8 @@ class _Job:
         self.names.problems += self._misplaced(skeleton, tensors)
         parameters = dict(skeleton.named_parameters(remove_duplicate=True))
         kind = type(skeleton).__name__
-        self.names.detail = f"{len(parameters)} parameters of {kind}, each there"
+        there = "each there" if self.complete else "as far as the files could be read"
+        self.names.detail = f"{len(parameters)} parameters of {kind}, {there}"
 
     def _misplaced(self, skeleton: Any, tensors: ModelTensors) -> Iterator[str]:
         shapes = {name: parameter.shape for name, parameter in skeleton.state_dict(keep_vars=True).items()}
@@ -221,6 +240,8 @@ class _Job:
             filled[stored.parameter] += math.prod(shape)
             if shape != (outputs, inputs):
                 yield f"{shown(linear)}: expected a {list(shape)} linear from config.json, found [{outputs}, {inputs}]"
+        if not self.complete:
+            return
         broken = set(self.quantized.linears) - set(self.weights) if self.quantized is not None else set()
         for name, parameter in skeleton.named_parameters(remove_duplicate=True):
             if name.removesuffix(".weight") not in broken and filled[name] < parameter.numel():
