@@ -4,6 +4,7 @@
 #include <setjmp.h>
 #include <ucontext.h>
 
+#include <algorithm>
 #include <cmath>
 #include <cstdint>
 #include <cstdlib>
@@ -51,7 +52,9 @@ struct Thread {
     bool started = false;
     State state = State::READY;
     int index, block;
-    const char* operation = nullptr;  // of the warp
+    const char* operation = nullptr;        // of the warp
+    void (*together)(Thread**) = nullptr;  // what the lanes compute at it; null: nothing
+    unsigned long long word;                // what it takes and gives, where that is a word a lane
     u32 in[6];
     float* sums;
     u32 out;
@@ -68,6 +71,7 @@ struct Machine {
     std::function<void()> kernel;
     std::string error;
     int blocks = 0, block_threads = 0;
+    int resident = 0;  // blocks that are on it at once; 0: all
     Thread* current = nullptr;
     jmp_buf scheduler;
     std::mt19937 random;
@@ -168,7 +172,8 @@ inline float element(u32 pair, int which, bool bfloat) {
 
 // PTX ISA, "Matrix fragments for mma.m16n8k16 with floating point type", as written there: group = lane >> 2, in_group
 // = lane % 4.
-inline void run_mma(Thread** warp, bool bfloat) {
+template <bool bfloat>
+void run_mma(Thread** warp) {
     float a[16][16], b[16][8];
     for (int lane = 0; lane < LANES; ++lane) {
         const int group = lane >> 2, in_group = lane % 4;
@@ -206,6 +211,10 @@ inline void run_transpose(Thread** warp) {
     }
 }
 
+inline void run_shuffle(Thread** warp) {
+    for (int lane = 0; lane < LANES; ++lane) warp[lane]->out = warp[lane ^ (warp[lane]->in[1] % LANES)]->in[0];
+}
+
 inline void run_collective(Thread** warp) {
     const std::string operation = warp[0]->operation;
     for (int lane = 1; lane < LANES; ++lane) {
@@ -215,11 +224,7 @@ inline void run_collective(Thread** warp) {
             throw std::runtime_error(gpu->error);
         }
     }
-    if (operation == "transpose") {
-        run_transpose(warp);
-    } else if (operation != "warp barrier") {
-        run_mma(warp, operation == "mma_bf16");
-    }
+    if (warp[0]->together) warp[0]->together(warp);
     for (int lane = 0; lane < LANES; ++lane) warp[lane]->state = State::READY;
 }
 
@@ -285,9 +290,32 @@ inline void release_barrier(int block) {
     }
 }
 
+// Blocks come in any order, and none before there is room.
+struct Queue {
+    std::vector<int> waiting;
+    std::vector<int> warps_left;  // of each block
+    std::vector<int>& live;
+
+    explicit Queue(std::vector<int>& live) : live(live) {
+        const int warps = gpu->block_threads / LANES;
+        for (int block = 0; block < gpu->blocks; ++block) waiting.push_back(block), warps_left.push_back(warps);
+        if (gpu->resident) std::shuffle(waiting.begin(), waiting.end(), gpu->random);
+        const int room = gpu->resident ? gpu->resident : gpu->blocks;
+        for (int i = 0; i < room && !waiting.empty(); ++i) start();
+    }
+    void start() {
+        const int warps = gpu->block_threads / LANES;
+        for (int warp = 0; warp < warps; ++warp) live.push_back(waiting.back() * warps + warp);
+        waiting.pop_back();
+    }
+    void end_warp(int block) {
+        if (--warps_left[block] == 0 && !waiting.empty()) start();
+    }
+};
+
 inline void run_all() {
-    std::vector<int> live(gpu->threads.size() / LANES);
-    for (size_t i = 0; i < live.size(); ++i) live[i] = static_cast<int>(i);
+    std::vector<int> live;
+    Queue queue(live);
     long long idle = 0;
     while (!live.empty()) {
         const size_t pick = gpu->random() % live.size();
@@ -310,6 +338,7 @@ inline void run_all() {
             count_conflicts(warp);
             live[pick] = live.back();
             live.pop_back();
+            queue.end_warp(warp[0]->block);
         }
     }
 }
@@ -337,8 +366,9 @@ inline void launch(Machine& machine, int blocks, int threads, size_t shared_byte
     run_all();
 }
 
-inline void collective(const char* operation) {
+inline void collective(const char* operation, void (*together)(Thread**) = nullptr) {
     gpu->current->operation = operation;
+    gpu->current->together = together;
     yield(State::COLLECTIVE);
 }
 

@@ -1,11 +1,11 @@
 // A model of a GPU on which the kernels of native/cuda run as they are: the functions of native/cuda/machine.cuh,
-// written out. Every thread is a fiber. All blocks are on the machine at once; which warp runs next, and in which order
-// its lanes, is drawn at random, so that a missing barrier or a circle of waits shows for some seed. What is stricter
-// than on a GPU:
+// written out. Every thread is a fiber. All blocks are on the machine at once, or as many as a test says, in any order;
+// which warp runs next, and in which order its lanes, is drawn at random, so that a missing barrier or a circle of waits
+// shows for some seed. What is stricter than on a GPU:
 //   * shared memory starts as NaN, and a copy that was begun leaves NaN behind until its group is awaited, at the latest moment: who
 //     reads too early, or copies over what others still read, computes NaN;
 //   * every address is checked against the tensors that were passed, for bounds and alignment, and some are for reading only;
-//   * barriers need every thread of a block; mma and transpose every lane of a warp, all at the same one;
+//   * barriers need every thread of a block; mma, transpose and shuffles every lane of a warp, all at the same one;
 //   * loads from shared memory that take more passes than their bytes need (bank conflicts) are counted.
 // What it cannot show: speed, what the compiler and the GPU do, how mma rounds its sums, and a memory order weaker than
 // sequential.
@@ -64,6 +64,10 @@ T load_constant(const void* from) {
     return value;
 }
 template <class T>
+T load_global(const void* from) {
+    return load_constant<T>(from);
+}
+template <class T>
 void store_global(void* to, T value) {
     machine::check_global(to, sizeof(T), true);
     std::memcpy(to, &value, sizeof(T));
@@ -92,24 +96,39 @@ inline u32 subtract_f16(u32 a, u32 b) { return each_half(b, 0xBC00BC00, a, machi
 inline u32 fma_bf16(u32 a, u32 b, u32 c) { return each_half(a, b, c, machine::bfloat_fma); }
 inline float low_f16(u32 pair) { return machine::half_to_float(static_cast<uint16_t>(pair)); }
 inline float high_f16(u32 pair) { return machine::half_to_float(static_cast<uint16_t>(pair >> 16)); }
+inline float low_bf16(u32 pair) { return machine::bfloat_to_float(static_cast<uint16_t>(pair)); }
+inline float high_bf16(u32 pair) { return machine::bfloat_to_float(static_cast<uint16_t>(pair >> 16)); }
 inline u32 pack_f16(float low, float high) { return machine::float_to_half(low) | static_cast<u32>(machine::float_to_half(high)) << 16; }
 inline u32 pack_bf16(float low, float high) {
     return machine::float_to_bfloat(low) | static_cast<u32>(machine::float_to_bfloat(high)) << 16;
 }
 
-inline void mma(const char* operation, float (&c)[4], const u32 (&a)[4], u32 b0, u32 b1) {
+inline float inverse_sqrt(float x) { return 1.0f / std::sqrt(x); }
+inline float exponential(float x) { return std::exp(x); }
+inline float hyperbolic_tangent(float x) { return std::tanh(x); }
+inline float error_function(float x) { return std::erf(x); }
+inline float shuffle_xor(float value, int mask) {
+    machine::Thread& self = *machine::gpu->current;
+    std::memcpy(&self.in[0], &value, sizeof(value));
+    self.in[1] = static_cast<u32>(mask);
+    machine::collective("shuffle");
+    std::memcpy(&value, &self.out, sizeof(value));
+    return value;
+}
+
+inline void mma(const char* operation, void (*together)(machine::Thread**), float (&c)[4], const u32 (&a)[4], u32 b0, u32 b1) {
     machine::Thread& self = *machine::gpu->current;
     const u32 in[6] = {a[0], a[1], a[2], a[3], b0, b1};
     std::memcpy(self.in, in, sizeof(in));
     self.sums = c;
-    machine::collective(operation);
+    machine::collective(operation, together);
 }
-inline void mma_f16(float (&c)[4], const u32 (&a)[4], u32 b0, u32 b1) { mma("mma_f16", c, a, b0, b1); }
-inline void mma_bf16(float (&c)[4], const u32 (&a)[4], u32 b0, u32 b1) { mma("mma_bf16", c, a, b0, b1); }
+inline void mma_f16(float (&c)[4], const u32 (&a)[4], u32 b0, u32 b1) { mma("mma_f16", machine::run_mma<false>, c, a, b0, b1); }
+inline void mma_bf16(float (&c)[4], const u32 (&a)[4], u32 b0, u32 b1) { mma("mma_bf16", machine::run_mma<true>, c, a, b0, b1); }
 inline u32 transpose(u32 pair) {
     machine::Thread& self = *machine::gpu->current;
     self.in[0] = pair;
-    machine::collective("transpose");
+    machine::collective("transpose", machine::run_transpose);
     return self.out;
 }
 
