@@ -65,6 +65,11 @@ template <class T>
 DEVICE T load_constant(const void* from) {
     return __ldg(static_cast<const T*>(from));
 }
+// What this thread alone may write while it runs.
+template <class T>
+DEVICE T load_global(const void* from) {
+    return *static_cast<const T*>(from);
+}
 template <class T>
 DEVICE void store_global(void* to, T value) {
     *static_cast<T*>(to) = value;
@@ -125,6 +130,8 @@ DEVICE float high_f16(u32 pair) {
     asm("{.reg .f16 l, h; mov.b32 {l, h}, %1; cvt.f32.f16 %0, h;}" : "=f"(result) : "r"(pair));
     return result;
 }
+DEVICE float low_bf16(u32 pair) { return __uint_as_float(pair << 16); }
+DEVICE float high_bf16(u32 pair) { return __uint_as_float(pair & 0xFFFF0000); }
 DEVICE u32 pack_f16(float low, float high) {
     u32 result;
     asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(result) : "f"(high), "f"(low));
@@ -135,6 +142,14 @@ DEVICE u32 pack_bf16(float low, float high) {
     asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(result) : "f"(high), "f"(low));
     return result;
 }
+
+DEVICE float inverse_sqrt(float x) { return rsqrtf(x); }
+DEVICE float exponential(float x) { return expf(x); }
+DEVICE float hyperbolic_tangent(float x) { return tanhf(x); }
+DEVICE float error_function(float x) { return erff(x); }
+
+// The value of the lane whose number differs in the bits of `mask`; every lane of the warp takes part.
+DEVICE float shuffle_xor(float value, int mask) { return __shfl_xor_sync(0xFFFFFFFF, value, mask); }
 
 // c[16, 8] += a[16, 16] · b[16, 8] by a warp, in fp32. With g = lane / 4 and t = lane % 4, a lane holds
 //     a0: row g, columns 2t, 2t+1     a1: row g+8     a2, a3: the same rows, columns 2t+8, 2t+9

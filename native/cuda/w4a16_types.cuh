@@ -41,6 +41,8 @@ struct Half {
     }
     static DEVICE void mma(float (&c)[4], const u32 (&a)[4], u32 b0, u32 b1) { mma_f16(c, a, b0, b1); }
     static DEVICE u32 pack(float low, float high) { return pack_f16(low, high); }
+    static DEVICE float low(u32 pair) { return low_f16(pair); }
+    static DEVICE float high(u32 pair) { return high_f16(pair); }
 };
 
 struct BFloat {
@@ -61,6 +63,8 @@ struct BFloat {
     }
     static DEVICE void mma(float (&c)[4], const u32 (&a)[4], u32 b0, u32 b1) { mma_bf16(c, a, b0, b1); }
     static DEVICE u32 pack(float low, float high) { return pack_bf16(low, high); }
+    static DEVICE float low(u32 pair) { return low_bf16(pair); }
+    static DEVICE float high(u32 pair) { return high_bf16(pair); }
 };
 
 }  // namespace halfbyte
