@@ -11,9 +11,9 @@ import pytest
 
 import halfbyte
 from halfbyte import QuantConfig
+from halfbyte.architectures.splitting import Heads, split
 from halfbyte.conversion import engines
 from halfbyte.conversion.convert import convert
-from halfbyte.conversion.splitting import Heads, split
 from halfbyte.conversion.verify import verify
 from tests.conftest import make_llama
 
@@ -130,13 +130,15 @@ def test_keys_that_an_engine_does_not_read(wide: Path, tmp_path: Path) -> None:
     ]
 
 
-def test_sglang_does_not_pad_and_wants_fp16_off_its_fast_kernel(quantized_llama: Path, tmp_path: Path) -> None:
-    """Inputs of 64 and 96 are no multiples of 128; the model is in bf16, so that the plain kernel is none either."""
+def test_sglang_does_not_pad_and_has_one_kernel_for_compressed_tensors(quantized_llama: Path, tmp_path: Path) -> None:
+    """Inputs of 64 and 96 are no multiples of 128."""
     found = look(quantized_llama, "sglang")
-    assert "model.layers.0.self_attn.o_proj: no kernel takes it (Marlin: 64 outputs and 64 inputs, it needs" in (
-        "\n".join(found.problems)
+    assert found.problems == []
+    assert any("o_proj: falls off the fast kernel (Marlin: 64 outputs and 64 inputs" in note for note in found.notes)
+    convert(quantized_llama, tmp_path / "out", "compressed-tensors", progress=False)
+    assert "o_proj: no kernel takes it (Marlin: 64 outputs and 64" in "\n".join(
+        look(tmp_path / "out", "sglang").problems
     )
-    assert "activations in bfloat16, it takes float16" in found.problems[0]
 
 
 def test_tensor_parallelism_splits_outputs_or_inputs(wide: Path) -> None:

@@ -35,6 +35,7 @@ from halfbyte.quantization.on_the_fly import model_folder, parse_copy_request
 from halfbyte.quantization.report import MANIFEST_NAME
 from halfbyte.quantization.statistics import InputStatistics, StatisticsCollector
 from halfbyte.quantization.task import advance, give_back_memory
+from halfbyte.quantization.widening import narrowed
 from halfbyte.tensor import QuantizedTensor
 
 # A short calibration pass: what it averages over is the input of one linear, not a model's loss.
@@ -120,6 +121,7 @@ class Pair:
         self.manifest = read_manifest(checkpoint.folder)
         self._recorded = {linear["name"]: linear for linear in self.manifest.get("linears", [])}
         self._layout, self._source = layout, source
+        self._widened = bool(self.manifest.get("config", {}).get("tp_align"))
         self._skeleton = build_skeleton(str(source.folder), torch.float32)
         self._blocks_name, self._blocks = find_decoder_blocks(self._skeleton)
         self._tensors = ModelTensors(self._skeleton, source, source.names())
@@ -269,12 +271,17 @@ class Pair:
             return self._read(block, prefix + local, local)
         names = [entry.name for entry in stored_tensors(block) if entry.parameter == f"{local}.weight"]
         name = prefix + (names[0] if names else f"{local}.weight")
-        return self.checkpoint.read(name).float() if name in self.checkpoint else None
+        if name not in self.checkpoint:
+            return None
+        stored, shape = self.checkpoint.read(name).float(), weight_of(block, local).shape
+        return stored[tuple(slice(size) for size in shape)] if self._widened else stored
 
     def _read(self, block: nn.Module, name: str, local: str) -> QuantizedTensor:
         keys = [key for key in self._layout.keys if f"{name}.{key}" in self.checkpoint]
         stored = self._layout.unpack({key: self.checkpoint.read(f"{name}.{key}") for key in keys}, name)
         expected = weight_of(block, local).shape
+        if self._widened:
+            stored = narrowed(stored, *expected)
         if stored.codes.shape != expected:
             raise CheckpointError(
                 f"{name}: is {list(stored.codes.shape)} in {self.model} and {list(expected)} in {self.reference}; "

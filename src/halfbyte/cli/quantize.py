@@ -52,6 +52,13 @@ def command(
     skip: Annotated[
         list[str] | None, typer.Option("--skip", help="Part of a module name to leave in 16 bit; repeatable.")
     ] = None,
+    tp_align: Annotated[
+        int,
+        typer.Option(
+            help="GPUs that will share the model (vLLM's tensor parallelism): widen MLPs with zeros until each has "
+            "whole groups and tiles. The model computes the same."
+        ),
+    ] = 0,
     keep_lm_head: Annotated[
         bool,
         typer.Option(
@@ -112,6 +119,7 @@ def command(
         propagate=propagate,
         format=_choice("--format", layout, ("auto", "gemm", "native")),
         modules_to_not_convert=tuple(skip or ()),
+        tp_align=tp_align,
     )
     if max_calib_samples is None:
         max_calib_samples = 16 if quick else 128

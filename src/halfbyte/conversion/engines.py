@@ -14,9 +14,9 @@ from typing import Any
 
 import torch
 
+from halfbyte.architectures.splitting import FUSED, Heads, Weights, half_quantized, split
 from halfbyte.checkpoints.reader import Checkpoint
 from halfbyte.conversion.quantized import QuantizedCheckpoint
-from halfbyte.conversion.splitting import FUSED, Heads, Weights, half_quantized, split
 from halfbyte.conversion.targets import format_of
 from halfbyte.conversion.verification import Check
 from halfbyte.errors import HalfbyteError
@@ -98,7 +98,7 @@ def _marlin_of_sglang(outputs: int, inputs: int, size: int) -> str | None:
 
 
 def _plain_of_sglang(outputs: int, inputs: int, size: int) -> str | None:
-    """SGLang's AWQ kernel: dequantize, then multiply; its loader wants whole groups and whole words."""
+    """SGLang's AWQ kernel, which dequantizes before torch multiplies; its loader wants whole groups and words."""
     if inputs % size:
         return f"{inputs} inputs are no whole groups of {size}"
     return f"{outputs} outputs are no multiple of 8" if outputs % 8 else None
@@ -145,7 +145,7 @@ def _needs_zero_point(section: Mapping[str, Any]) -> str | None:
 
 
 _AWQ_MARLIN = (Kernel("Marlin", _marlin_unpadded), Kernel("the plain AWQ kernel", _classic, half_only=True))
-_AWQ_OF_SGLANG = (Kernel("Marlin", _marlin_of_sglang), Kernel("the plain AWQ kernel", _plain_of_sglang, half_only=True))
+_AWQ_OF_SGLANG = (Kernel("Marlin", _marlin_of_sglang), Kernel("the plain AWQ kernel", _plain_of_sglang))
 # AutoAWQ makes an fp16 model of whatever it loads.
 _GEMM = (Kernel("the AWQ GEMM kernel", _classic),)
 _ALL_OF_GPTQMODEL = (Kernel("GPTQModel", _gptqmodel),)

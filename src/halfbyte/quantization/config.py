@@ -54,6 +54,8 @@ class QuantConfig:
             without it.
         format: layout on disk: "gemm" (AutoAWQ's), "native" (holds everything), or "auto": gemm wherever it can.
         modules_to_not_convert: parts of module names that stay in 16 bit, e.g. "self_attn.v_proj".
+        tp_align: GPUs that are to share the model: MLPs get channels of zeros until each of them has whole groups
+            and tiles of 128, and the group size is one that divides what each has; 0 to leave widths alone.
 
     Raises:
         ConfigError: a value that no model could be quantized with.
@@ -75,6 +77,7 @@ class QuantConfig:
     format: Literal["auto", "gemm", "native"] = "auto"
     modules_to_not_convert: tuple[str, ...] = ()
     target_bits: float | None = None
+    tp_align: int = 0
 
     def __post_init__(self) -> None:
         """Fill in what the method says; refuse what can never work."""
@@ -110,6 +113,8 @@ class QuantConfig:
             raise ConfigError('keep_ratio: the AWQ GEMM layout keeps no channels in 16 bit; use format="native"')
         if self.bits != 4 and self.format == "gemm":
             raise ConfigError(f'bits: the AWQ GEMM layout holds 4-bit codes only, got {self.bits}; use format="native"')
+        if type(self.tp_align) is not int or not 0 <= self.tp_align <= 1024:
+            raise ConfigError(f"tp_align: expected a number of GPUs, or 0 for none, got {self.tp_align!r}")
         self._check_target()
         object.__setattr__(self, "modules_to_not_convert", tuple(self.modules_to_not_convert))
 

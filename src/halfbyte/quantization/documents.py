@@ -9,6 +9,7 @@ from halfbyte.checkpoints.reader import Checkpoint
 from halfbyte.checkpoints.writer import CheckpointWriter
 from halfbyte.formats import gemm, native
 from halfbyte.quantization.report import MANIFEST_NAME, QuantizationReport
+from halfbyte.quantization.widening import Widening
 
 
 def write_documents(
@@ -33,5 +34,7 @@ def write_documents(
             bits=bits, group_size=config.group_size, modules_to_not_convert=kept
         )
     writer.copy_files_from(checkpoint.folder)
-    writer.add_json("config.json", {**checkpoint.config, "quantization_config": quantization_config})
+    widening = Widening.of(config)
+    model_config = checkpoint.config if widening is None else widening.widen_config(checkpoint.config)
+    writer.add_json("config.json", {**model_config, "quantization_config": quantization_config})
     writer.add_json(MANIFEST_NAME, {**report.to_manifest(), "sha256": writer.sha256})

@@ -20,9 +20,11 @@ from typing import Any
 
 from halfbyte.checkpoints.cache import cache_folder
 from halfbyte.checkpoints.disk import writes_explained
+from halfbyte.checkpoints.gguf_copy import gguf_folder, is_gguf
 from halfbyte.checkpoints.reader import read_config
 from halfbyte.checkpoints.sources import HUB_PATTERNS, resolve_model
 from halfbyte.errors import ConfigError, UnsupportedError
+from halfbyte.formats.gguf_linears import CodedLinears
 from halfbyte.quantization.config import METHODS, SPELLINGS, QuantConfig
 
 # What `quantize` takes where nothing else is said: MODEL@awq is what `halfbyte quantize MODEL` makes.
@@ -53,8 +55,11 @@ def model_folder(
 ) -> Path:
     """The folder of a model; fetched, and for MODEL@METHOD quantized, if it is not there yet.
 
+    Of a GGUF file the linears stay the codes they are, in halfbyte's own layout.
+
     Args:
-        model: an existing folder (which always wins), "sample:NAME", a hub name, or one of these with @METHOD.
+        model: an existing folder (which always wins), a GGUF file, "sample:NAME", a hub name, or one of these with
+            @METHOD.
         max_calib_samples: of a copy, blocks of the built-in calibration text at most.
         max_calib_seq_len: of a copy, tokens in a block at most.
         progress: show bars on a terminal, and say when a copy is made.
@@ -62,6 +67,9 @@ def model_folder(
     Raises:
         HalfbyteError: no such model or method, an option that cannot work, or a model that is quantized already.
     """
+    if is_gguf(model):
+        linears = CodedLinears()
+        return gguf_folder(model, pack=linears.pack, section=linears.section, progress=progress)
     request = parse_copy_request(model)
     if request is None:
         return resolve_model(model, progress=progress)

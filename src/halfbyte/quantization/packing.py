@@ -16,6 +16,7 @@ from halfbyte.errors import UnsupportedError
 from halfbyte.formats import gemm, native
 from halfbyte.quantization.block import BlockResult
 from halfbyte.quantization.config import QuantConfig
+from halfbyte.quantization.widening import Widening
 from halfbyte.tensor import QuantizedTensor
 
 PACK = {"gemm": gemm.pack, "native": native.pack}
@@ -63,7 +64,9 @@ class PackedBlock:
         }
 
 
-def choose_format(config: QuantConfig, matrices: Mapping[str, Matrix]) -> tuple[QuantConfig, list[str]]:
+def choose_format(
+    config: QuantConfig, matrices: Mapping[str, Matrix], widening: Widening | None = None
+) -> tuple[QuantConfig, list[str]]:
     """The layout on disk: AutoAWQ's wherever it can hold every matrix, since other loaders open it; and why, if not.
 
     Raises:
@@ -76,8 +79,11 @@ def choose_format(config: QuantConfig, matrices: Mapping[str, Matrix]) -> tuple[
         return replace(config, format="native"), [f"stored in halfbyte's own layout, because {reason}"]
     assert isinstance(config.group_size, int)
     for name, matrix in matrices.items():
+        rows, columns = matrix.out_features, matrix.in_features
+        if widening is not None:
+            rows, columns = widening.shape(name, rows, columns)
         try:
-            gemm.check(matrix.out_features, matrix.in_features, config.group_size, config.bits, name)
+            gemm.check(rows, columns, config.group_size, config.bits, name)
         except UnsupportedError as error:
             if config.format == "gemm":
                 raise
@@ -96,7 +102,13 @@ def names_by_block(checkpoint: Checkpoint, blocks_name: str, blocks: int) -> dic
 
 
 def pack_block(
-    block: nn.Module, name: str, names: list[str], result: BlockResult, checkpoint: Checkpoint, layout: str
+    block: nn.Module,
+    name: str,
+    names: list[str],
+    result: BlockResult,
+    checkpoint: Checkpoint,
+    layout: str,
+    widening: Widening | None = None,
 ) -> PackedBlock:
     """Packed linears in place of their weights; everything else as it is now, in its dtype on disk.
 
@@ -107,6 +119,7 @@ def pack_block(
         result: the quantized linears.
         checkpoint: for dtypes on disk, and for what the block has no parameter for.
         layout: of the quantized linears, "gemm" or "native".
+        widening: of MLPs; None to leave them as they are.
     """
     packed = PackedBlock(layout)
     values, experts = stored_values(block), experts_in_one_tensor(block)
@@ -124,11 +137,15 @@ def pack_block(
                     packed.add(f"{name}.{matrix.name}.weight", weight)
             continue
         if module in result.tensors and leaf == "weight":
-            packed.add_quantized(f"{name}.{module}", result.tensors[module])
+            quantized = result.tensors[module]
+            packed.add_quantized(
+                f"{name}.{module}", quantized if widening is None else widening.quantized(module, quantized)
+            )
             continue
         # A quantized linear's bias is fp16 in the GEMM layout, whatever the model's dtype.
         dtype = torch.float16 if layout == "gemm" and module in result.tensors else checkpoint.info(full).dtype
         value = values[local] if local in values else checkpoint.read(full)
+        value = value if widening is None else widening.plain(local, value)
         packed.add(full, value.to(dtype).contiguous())
     return packed
 
@@ -149,7 +166,7 @@ def unpack_block(block: nn.Module, name: str, tensors: Mapping[str, torch.Tensor
     values = stored_values(block)
     for local, value in values.items():
         if f"{name}.{local}" in tensors:
-            value.copy_(tensors[f"{name}.{local}"])
+            value.copy_(_cut_to(value, tensors[f"{name}.{local}"]))
     for local, matrix in matrices_of(block).items():
         parts = modules.get(local, {})
         if "qweight" in parts:
@@ -160,4 +177,10 @@ def unpack_block(block: nn.Module, name: str, tensors: Mapping[str, torch.Tensor
             weight = parts["weight"]
         else:
             continue
-        matrix.view(block).copy_(weight)
+        view = matrix.view(block)
+        view.copy_(_cut_to(view, weight))
+
+
+def _cut_to(like: torch.Tensor, tensor: torch.Tensor) -> torch.Tensor:
+    """Without the channels that widening added."""
+    return tensor[tuple(slice(size) for size in like.shape)]

@@ -43,6 +43,7 @@ from halfbyte.quantization.resuming import announce, seconds_spent, with_kept_bl
 from halfbyte.quantization.states import States, is_saved
 from halfbyte.quantization.statistics import sums_by_batch
 from halfbyte.quantization.task import BlockOutcome, BlockTask, advance, give_back_memory, peak_memory
+from halfbyte.quantization.widening import Widening
 
 
 def quantize(
@@ -162,9 +163,12 @@ class _Job:
         linears = [(name, matrix.in_features) for name, matrix in matrices.items()]
         if not linears:
             raise ConfigError("modules_to_not_convert: leaves no linear to quantize")
-        config = config.resolved(linears)
+        widening = Widening.of(config)
+        if widening is not None:
+            widening.check(checkpoint.config, quantizable_linears(blocks, stored_name))
+        config = config.resolved(linears if widening is None else widening.per_gpu(linears))
         assert isinstance(config.group_size, int)
-        config, notes = choose_format(config, matrices)
+        config, notes = choose_format(config, matrices, widening)
         budget = BitBudget.of(config, {name: (m.out_features, m.in_features) for name, m in matrices.items()})
         names = names_by_block(checkpoint, stored_name, len(blocks))
         return cls(

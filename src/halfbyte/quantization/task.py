@@ -19,6 +19,7 @@ from halfbyte.quantization.capture import Batch
 from halfbyte.quantization.config import QuantConfig
 from halfbyte.quantization.packing import pack_block, unpack_block
 from halfbyte.quantization.statistics import SumsByBatch, block_output, sums_by_batch
+from halfbyte.quantization.widening import Widening
 
 
 @dataclass
@@ -68,7 +69,15 @@ class BlockTask:
             )
         else:
             result = round_block(self.block, self.name, self.config, self.widths)
-        packed = pack_block(self.block, self.name, self.names, result, self.checkpoint, self.config.format)
+        packed = pack_block(
+            self.block,
+            self.name,
+            self.names,
+            result,
+            self.checkpoint,
+            self.config.format,
+            Widening.of(self.config),
+        )
         if self.config.propagate:
             self.pass_on(packed.tensors)
         document = {
