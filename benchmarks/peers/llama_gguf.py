@@ -3,7 +3,7 @@
     python benchmarks/peers/llama_gguf.py MODEL OUT.gguf
 
 llama.cpp rotates neighbouring numbers where transformers rotates halves, so the rows of q and k are put into its order:
-per head [2, head_dim/2] becomes [head_dim/2, 2], the inverse of checkpoints/gguf_llama.py. The file has no tokenizer:
+per head [2, head_dim/2] becomes [head_dim/2, 2], the inverse of checkpoints/gguf_models.py. The file has no tokenizer:
 the contestants are given token ids.
 """
 
@@ -15,7 +15,7 @@ from pathlib import Path
 import gguf
 import torch
 
-from halfbyte.checkpoints.gguf_llama import BLOCK_NAMES, OUTER_NAMES
+from halfbyte.checkpoints.gguf_models import BLOCK_NAMES, OUTER_NAMES
 from halfbyte.checkpoints.reader import Checkpoint
 
 _OUTER = {ours: theirs for theirs, ours in OUTER_NAMES.items()}

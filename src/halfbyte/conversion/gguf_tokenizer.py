@@ -8,18 +8,12 @@ from pathlib import Path
 from typing import Any
 
 from halfbyte.architectures.tokenizer import load_tokenizer
+from halfbyte.checkpoints.gguf_vocabulary import CONTROL, ENDS_OF_TURN, NORMAL, PATTERNS, UNUSED, USER_DEFINED
 from halfbyte.checkpoints.reader import read_json_object
 from halfbyte.errors import UnsupportedError
 
-NORMAL, CONTROL, USER_DEFINED, UNUSED = 1, 3, 4, 5
-_LLAMA3 = (
-    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+"
-    r"|\s+(?!\S)|\s+"
-)
-# How the text is cut before BPE: what llama.cpp calls it.
-_BY_REGEX = {_LLAMA3: "llama-bpe", _LLAMA3.replace("{1,3}", ""): "qwen2"}
-# Ends of a turn, where a chat template has one beside the end of a text.
-_ENDS_OF_TURN = ("<|im_end|>", "<|eot_id|>", "<|end|>")
+# How the text is cut before BPE → what llama.cpp calls it.
+_BY_REGEX = {pattern: name for name, pattern in PATTERNS.items()}
 
 
 @dataclass(frozen=True)
@@ -112,6 +106,6 @@ def _special_ids(folder: Path, loaded: Any, tokens: list[str]) -> dict[str, int]
         ends = [listed] if isinstance(listed, int) else [end for end in listed or [] if isinstance(end, int)]
     if found["eos"] is None and ends:
         found["eos"] = ends[0]
-    turns = (end for end in ends if end < len(tokens) and tokens[end] in _ENDS_OF_TURN and end != found["eos"])
+    turns = (end for end in ends if end < len(tokens) and tokens[end] in ENDS_OF_TURN and end != found["eos"])
     found["eot"] = next(turns, None)
     return {name: index for name, index in found.items() if index is not None}

@@ -17,7 +17,6 @@ from halfbyte.architectures.stored import ModelTensors
 from halfbyte.architectures.tokenizer import load_tokenizer
 from halfbyte.checkpoints.header import shown
 from halfbyte.checkpoints.reader import Checkpoint, read_config, read_json_object
-from halfbyte.checkpoints.sources import resolve_model
 from halfbyte.checkpoints.writer import tensor_hash
 from halfbyte.conversion.engines import ENGINES, check_engine
 from halfbyte.conversion.quantized import QuantizedCheckpoint
@@ -27,6 +26,7 @@ from halfbyte.conversion.verification import Check, Verification
 from halfbyte.errors import CheckpointError, ConfigError, HalfbyteError
 from halfbyte.formats.layouts import read_layout
 from halfbyte.progress import Ticker, progress_bar
+from halfbyte.quantization.on_the_fly import model_folder
 from halfbyte.quantization.report import MANIFEST_NAME
 from halfbyte.tensor import FLOATS, QuantizedTensor
 
@@ -54,7 +54,7 @@ def verify(
         raise ConfigError(f"tensor_parallel: expected at least 1, got {tensor_parallel}")
     if tensor_parallel > 1 and not any(ENGINES[engine].fused for engine in engines):
         raise ConfigError("tensor_parallel: is checked by the rules of an engine that splits linears: vllm or sglang")
-    folder = resolve_model(model, progress=progress)
+    folder = model_folder(model, progress=progress)
     if not (folder / "config.json").is_file():
         raise CheckpointError(f"{folder}: has no config.json; expected a Hugging Face model folder")
     config = read_config(folder)
