@@ -28,6 +28,8 @@ from pathlib import Path
 from halfbyte.device.gpu_facts import known_gpu, occupancy
 from halfbyte.kernels.cuda_build import source_folder
 from halfbyte.kernels.cuda_launch import GEOMETRIES, SOURCE, THREADS
+from halfbyte.kernels.cuda_ops import KERNELS as DECODER_KERNELS
+from halfbyte.kernels.cuda_ops import norm_shared_bytes
 
 ARCHS = ("sm_80", "sm_86", "sm_89", "sm_90a")
 PTXAS = re.compile(
@@ -38,24 +40,54 @@ PTXAS = re.compile(
 
 
 @dataclass(frozen=True)
+class Kernel:
+    """An entry point, with the shape of its blocks."""
+
+    name: str
+    threads: int
+    shared: int = 0
+
+
+@dataclass(frozen=True)
 class Variant:
-    """One compilation of w4a16_gemm.cu."""
+    """One compilation of a file."""
 
-    type: str
-    pair: bool
-    zeros: bool
-
-    @property
-    def macros(self) -> list[str]:
-        values = {"TYPE": self.type, "PAIR": int(self.pair), "ZEROS": int(self.zeros)}
-        return [f"-DW4A16_{name}={value}" for name, value in values.items()]
+    source: str
+    label: str
+    macros: tuple[str, ...]
+    kernels: tuple[Kernel, ...]
+    looped: bool = False  # whether --sass looks for a loop with tensor core operations
 
     def __str__(self) -> str:
-        groups = "groups of 32" if self.pair else "groups of 64 and more"
-        return f"{self.type.lower()}, {groups}, {'zero points' if self.zeros else 'symmetric'}"
+        return f"{self.source}: {self.label}"
 
 
-VARIANTS = [Variant(*values) for values in itertools.product(("Half", "BFloat"), (False, True), (False, True))]
+def _w4a16(type_: str, pair: bool, zeros: bool) -> Variant:
+    groups = "groups of 32" if pair else "groups of 64 and more"
+    return Variant(
+        SOURCE,
+        f"{type_.lower()}, {groups}, {'zero points' if zeros else 'symmetric'}",
+        (f"-DW4A16_TYPE={type_}", f"-DW4A16_PAIR={int(pair)}", f"-DW4A16_ZEROS={int(zeros)}"),
+        tuple(Kernel(g.name, THREADS, g.shared_bytes(pair=pair, zeros=zeros)) for g in GEOMETRIES),
+        looped=True,
+    )
+
+
+def _decoder(type_: str, source: str) -> Variant:
+    """Shared memory is that of a row of 8192 channels."""
+    kernels = []
+    for name, (file, threads) in DECODER_KERNELS.items():
+        width = 1 if name.endswith("_narrow") else 8
+        shared = norm_shared_bytes(8192, width) if source == "rms_norm.cu" else 0
+        kernels += [Kernel(name, threads, shared)] if file == source else []
+    return Variant(source, type_.lower(), (f"-DDECODER_TYPE={type_}",), tuple(kernels))
+
+
+TYPES = ("Half", "BFloat")
+VARIANTS = [
+    *itertools.starmap(_decoder, itertools.product(TYPES, ("rms_norm.cu", "rotate_append.cu", "gated.cu"))),
+    *itertools.starmap(_w4a16, itertools.product(TYPES, (False, True), (False, True))),
+]
 
 
 @dataclass
@@ -88,36 +120,27 @@ def compile_variant(nvcc: str, arch: str, variant: Variant, *, sass: bool = Fals
     Raises:
         RuntimeError: it does not compile.
     """
-    source = source_folder() / SOURCE
+    source = source_folder() / variant.source
     generate = f"-gencode=arch=compute_{arch[3:]},code={arch}"
     with tempfile.TemporaryDirectory() as folder:
         cubin = Path(folder) / "kernel.cubin"
-        command = [
-            nvcc,
-            "-std=c++17",
-            generate,
-            "-cubin",
-            "-Xptxas",
-            "-v",
-            *variant.macros,
-            str(source),
-            "-o",
-            str(cubin),
-        ]
-        run = subprocess.run(command, capture_output=True, text=True, check=False)
+        command = [nvcc, "-std=c++17", generate, "-cubin", "-Xptxas", "-v", *variant.macros, str(source)]
+        run = subprocess.run([*command, "-o", str(cubin)], capture_output=True, text=True, check=False)
         if run.returncode:
             raise RuntimeError(f"{arch}, {variant}: {run.stderr.strip()}")
-        loops = {kernel: inner_loop(cubin, kernel) for kernel in (g.name for g in GEOMETRIES)} if sass else {}
+        looped = variant.kernels if sass and variant.looped else ()
+        loops = {kernel.name: inner_loop(cubin, kernel.name) for kernel in looped}
     found = {name: tuple(map(int, numbers)) for name, *numbers in PTXAS.findall(run.stderr)}
     entries = []
-    for geometry in GEOMETRIES:
-        if geometry.name not in found:
-            raise RuntimeError(f"{arch}, {variant}: no entry point {geometry.name} in what ptxas says")
-        stack, stores, loads, registers = found[geometry.name]
-        shared = geometry.shared_bytes(pair=variant.pair, zeros=variant.zeros)
-        blocks = occupancy(known_gpu(arch), THREADS, registers, shared).blocks
-        loop = loops.get(geometry.name, {})
-        entries.append(Entry(arch, str(variant), geometry.name, registers, shared, stack, stores + loads, blocks, loop))
+    for kernel in variant.kernels:
+        if kernel.name not in found:
+            raise RuntimeError(f"{arch}, {variant}: no entry point {kernel.name} in what ptxas says")
+        stack, stores, loads, registers = found[kernel.name]
+        blocks = occupancy(known_gpu(arch), kernel.threads, registers, kernel.shared).blocks
+        loop = loops.get(kernel.name, {})
+        entries.append(
+            Entry(arch, str(variant), kernel.name, registers, kernel.shared, stack, stores + loads, blocks, loop)
+        )
     return entries
 
 
@@ -181,12 +204,12 @@ def main() -> int:
         print("cuda-check: --sass needs cuobjdump on the PATH (pip install nvidia-cuda-cuobjdump)", file=sys.stderr)
         return 2
     entries = []
-    print(f"{'':8}{'kernel':14}{'registers':>10}{'shared':>9}{'blocks':>8}{'spills':>8}  variant")
+    print(f"{'':8}{'kernel':17}{'registers':>10}{'shared':>9}{'blocks':>8}{'spills':>8}  variant")
     try:
         for entry in check(nvcc, options.arch or ARCHS, VARIANTS, sass=options.sass):
             entries.append(entry)
             print(
-                f"{entry.arch:8}{entry.kernel:14}{entry.registers:10}{entry.shared:9,}{entry.blocks:8}{entry.spills:8}"
+                f"{entry.arch:8}{entry.kernel:17}{entry.registers:10}{entry.shared:9,}{entry.blocks:8}{entry.spills:8}"
                 f"  {entry.variant}{'  ← ' + entry.problem if entry.problem else ''}"
             )
             if entry.loop:

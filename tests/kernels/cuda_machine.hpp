@@ -111,7 +111,7 @@ inline float shuffle_xor(float value, int mask) {
     machine::Thread& self = *machine::gpu->current;
     std::memcpy(&self.in[0], &value, sizeof(value));
     self.in[1] = static_cast<u32>(mask);
-    machine::collective("shuffle");
+    machine::collective("shuffle", machine::run_shuffle);
     std::memcpy(&value, &self.out, sizeof(value));
     return value;
 }

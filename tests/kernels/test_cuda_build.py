@@ -12,6 +12,7 @@ from halfbyte.errors import UnsupportedError
 from halfbyte.kernels import cuda_build
 from halfbyte.kernels.cuda_build import compile_cubin, compiler_version, source_folder
 from halfbyte.kernels.cuda_launch import GEOMETRIES, SOURCE
+from halfbyte.kernels.cuda_ops import KERNELS as DECODER_KERNELS
 
 MACROS = {"W4A16_TYPE": "Half", "W4A16_PAIR": "0", "W4A16_ZEROS": "1"}
 ELF = b"\x7fELF"
@@ -144,6 +145,13 @@ class TestNvrtc:
         assert code.startswith(ELF)
         assert all(geometry.name.encode() in code for geometry in GEOMETRIES)
         assert len(entries(cache)) == 1
+
+    @pytest.mark.parametrize("type_", ["Half", "BFloat"])
+    @pytest.mark.usefixtures("cache")
+    def test_compiles_the_kernels_between_products(self, type_: str) -> None:
+        for name, (source, _) in DECODER_KERNELS.items():
+            code = compile_cubin(source, {"DECODER_TYPE": type_}, "sm_90")
+            assert name.encode() in code
 
     def test_unknown_architecture_is_named(self, cache: Path) -> None:
         with pytest.raises(UnsupportedError, match=r"NVRTC \d+\.\d+ cannot compile it for sm_999"):

@@ -27,7 +27,7 @@ def test_hardest_variant_has_no_spills(arch: str) -> None:
 @pytest.mark.slow
 def test_no_variant_has_problems() -> None:
     entries = list(check(nvcc(), ARCHS, VARIANTS))
-    assert len(entries) == len(ARCHS) * len(VARIANTS) * 4
+    assert len(entries) == len(ARCHS) * sum(len(variant.kernels) for variant in VARIANTS)
     assert [f"{entry.arch} {entry.variant} {entry.kernel}: {entry.problem}" for entry in entries if entry.problem] == []
 
 
