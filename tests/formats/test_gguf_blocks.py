@@ -11,7 +11,18 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from halfbyte.errors import CheckpointError, ConfigError, UnsupportedError
-from halfbyte.formats.gguf_blocks import Q4_0, Q4_1, cannot_hold, pack, rounding_error, unpack
+from halfbyte.formats import native
+from halfbyte.formats.gguf_blocks import (
+    CODED,
+    Q4_0,
+    Q4_1,
+    cannot_hold,
+    pack,
+    rounding_error,
+    unpack,
+    with_integer_zeros,
+    with_joined_groups,
+)
 from halfbyte.tensor import QuantizedTensor
 
 
@@ -35,6 +46,57 @@ def test_a_block_by_hand() -> None:
     nibbles = [j + 16 * (15 - j) for j in range(16)]
     assert pack(tensor, Q4_0).tolist() == [[0x00, 0x38, *nibbles]]
     assert pack(tensor, Q4_1).tolist() == [[0x00, 0x38, 0x00, 0xC4, *nibbles]]
+
+
+def test_five_and_eight_bits_by_hand() -> None:
+    """0.5 is 0x3800. Fifth bits: 0b1000…0010 for inputs 1 and 31. int8 of 3 and -128 are codes 131 and 0."""
+    nibbles = [0x21] * 16  # code 1 for inputs 0 to 15, 2 for 16 to 31
+    five = torch.tensor([[0x00, 0x38, 0x02, 0, 0, 0x80, *nibbles]], dtype=torch.uint8)
+    tensor = unpack(five, "Q5_0")
+    assert tensor.codes.tolist() == [[1, 17, *[1] * 14, *[2] * 15, 18]]
+    assert tensor.dequantize()[0, :2].tolist() == [0.5 * (1 - 16), 0.5 * (17 - 16)]
+    minimum = torch.tensor([[0x00, 0x38, 0x00, 0xC4, 0x02, 0, 0, 0x80, *nibbles]], dtype=torch.uint8)
+    assert unpack(minimum, "Q5_1").dequantize()[0, :2].tolist() == [0.5 * 1 - 4, 0.5 * 17 - 4]
+    eight = unpack(torch.tensor([[0x00, 0x38, 3, 0x80, *[0] * 30]], dtype=torch.uint8), "Q8_0")
+    assert eight.codes[0, :3].tolist() == [131, 0, 128]
+    assert eight.dequantize()[0, :3].tolist() == [1.5, -64.0, 0.0]
+
+
+def random_blocks(kind: str, seed: int, rows: int = 3, blocks: int = 2) -> torch.Tensor:
+    """Any bytes, but for fp16 fields, which are kept finite."""
+    found = torch.randint(0, 256, (rows, blocks, CODED[kind]), generator=torch.Generator().manual_seed(seed)).byte()
+    halves = {"Q2_K": (80, 82), "Q3_K": (108,), "Q6_K": (208,)}.get(kind, (0,) if kind.endswith("_0") else (0, 2))
+    for place in halves:
+        found[:, :, place + 1] &= 0xBB
+    return found.reshape(rows, -1)
+
+
+@pytest.mark.parametrize("kind", CODED)
+@given(seed=st.integers(0, 1 << 30))
+def test_codes_of_any_bytes_are_the_package_s_weights_to_the_bit(kind: str, seed: int) -> None:
+    blocks = random_blocks(kind, seed)
+    found = unpack(blocks, kind)
+    theirs = torch.from_numpy(gguf.dequantize(blocks.numpy(), gguf.GGMLQuantizationType[kind]).copy())
+    assert torch.equal(found.dequantize(), theirs)
+    assert int(found.codes.max()) < 1 << found.bits
+    back = native.unpack(native.pack(found))
+    assert torch.equal(back.dequantize(), theirs)
+
+
+def test_integer_zero_points_are_found_again() -> None:
+    tensor = random_tensor(5, 256, 64)
+    tensor.scales[0, 0], tensor.zeros[0, 0] = 0.0, 0
+    back = with_joined_groups(with_integer_zeros(unpack(pack(tensor, Q4_1), Q4_1)))
+    assert back.group_size == 64
+    for part in ("codes", "scales", "zeros"):
+        assert torch.equal(getattr(back, part), getattr(tensor, part)), part
+    # One minimum that is no multiple, by a single bit of fp16, and all stay as they are.
+    packed = pack(tensor, Q4_1)
+    packed[3, 22] ^= 1
+    other = unpack(packed, Q4_1)
+    assert with_integer_zeros(other) is other
+    assert with_joined_groups(random_tensor(5, 256, 32)).group_size == 32
+    assert with_joined_groups(back, limit=64).group_size == 64
 
 
 @given(

@@ -18,7 +18,6 @@ Source: ggml's docs/gguf.md; block sizes are those of the `gguf` package.
 from __future__ import annotations
 
 import math
-import struct
 from dataclasses import dataclass
 from functools import cache
 from io import BufferedReader
@@ -191,7 +190,7 @@ class _Parser:
         if kind not in _SCALARS:
             raise self._error(f"{what}: type {kind} is none of GGUF's 13 value types")
         dtype = np.dtype(_SCALARS[kind])
-        (value,) = struct.unpack(f"<{dtype.char}", self._take(dtype.itemsize, what))
+        value = np.frombuffer(self._take(dtype.itemsize, what), dtype)[0].item()
         if kind != BOOL:
             return value
         if value > 1:
