@@ -12,7 +12,7 @@ NATIVE := CMakeLists.txt pyproject.toml $(shell find native -type f)
 help:
 	@echo "make demo        install, quantize the sample model to 4 bits, compare it with the original"
 	@echo "make test        every test not marked slow, gpu or interop"
-	@echo "make test-slow   the tests that take minutes: kills at random moments, a Ray cluster"
+	@echo "make test-slow   the tests that take minutes: kills at random moments, a Ray cluster, fuzzing"
 	@echo "make docs        the site of docs/ in build/site"
 	@echo "make test-docs   run every command of docs/ that needs no GPU, no hub and no installation"
 	@echo "make lint        ruff, mypy --strict, import contracts"
@@ -40,7 +40,9 @@ demo: $(VENV)/.halfbyte
 test: $(VENV)/.dev
 	$(BIN)/python -m pytest -n logical --dist worksteal -m "not slow and not gpu and not interop"
 
+# atheris has wheels for Linux and few versions of Python; without it that one test skips.
 test-slow: $(VENV)/.dev
+	-$(PIP) install --quiet atheris
 	$(BIN)/python -m pytest -m "slow and not gpu and not interop"
 
 $(VENV)/.docs: $(VENV)/.halfbyte

@@ -114,7 +114,7 @@ def unpack(tensors: Mapping[str, torch.Tensor], *, group_size: int, name: str = 
     keys = IST_KEYS if IST_KEYS[0] in tensors else KEYS
     codes = matrix(tensors, keys[:2], "int32 [in/16, 2·out]", LAYOUT, name)
     inputs, outputs = 16 * codes.shape[0], codes.shape[1] // 2
-    if codes.shape[1] % 128:
+    if not codes.numel() or codes.shape[1] % 128:
         raise CheckpointError(
             f"tensor {name}.{keys[0]}: expected whole tiles of 64 outputs in int32 [in/16, 2·out], found "
             f"{list(codes.shape)}"
