@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import importlib
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -36,11 +36,15 @@ def names_data_set(name: str) -> bool:
     return on_hub and ("/" in first or ":" in name) and not first.endswith((".txt", ".md", ".json", ".jsonl", ".csv"))
 
 
-def read_data_set(spelling: str) -> Iterator[tuple[Any, str | None, str]]:
+def read_data_set(
+    spelling: str, *, splits: Sequence[str] = ("train",), articles: bool = True
+) -> Iterator[tuple[Any, str | None, str]]:
     """Rows of a data set, streamed from its beginning.
 
     Args:
-        spelling: see above.
+        spelling: see above; NAME may also be a Parquet or a compressed JSON file, which has no splits.
+        splits: where neither the spelling nor `SHORT_NAMES` names one, the first of these that there is.
+        articles: put rows of WikiText, which are paragraphs, together to articles.
 
     Yields:
         The row, the field that holds the document (None to go by its name), and what the row is called in messages.
@@ -51,15 +55,15 @@ def read_data_set(spelling: str) -> Iterator[tuple[Any, str | None, str]]:
     parts = spelling.split(":")
     if len(parts) > 4:
         raise CalibrationError(f"calibration {spelling!r}: expected at most NAME:CONFIG:SPLIT:FIELD")
-    defaults = SHORT_NAMES.get(parts[0], (parts[0], None, "train", None))
+    defaults = SHORT_NAMES.get(parts[0], (parts[0], None, None, None))
     given = [None, *parts[1:], *[None] * (4 - len(parts))]
     name, config, split, field = (part or default for part, default in zip(given, defaults, strict=True))
     assert name is not None
     read = 0
     # The library raises whatever its loaders, parsers and connections raise, and when it is iterated, too.
     try:
-        rows: Iterable[Any] = _open(spelling, name, config, split)
-        if name.rpartition("/")[2].startswith("wikitext"):
+        rows: Iterable[Any] = _open(spelling, name, config, split, splits)
+        if articles and name.rpartition("/")[2].startswith("wikitext"):
             rows, field = filter(str.strip, _articles(rows, field or "text")), None
         for number, row in enumerate(rows, start=1):
             yield row, field, f"calibration {spelling}, row {number}"
@@ -73,7 +77,7 @@ def read_data_set(spelling: str) -> Iterator[tuple[Any, str | None, str]]:
         raise CalibrationError(f"calibration {spelling}: datasets cannot load it ({reason})") from error
 
 
-def _open(spelling: str, name: str, config: str | None, split: str | None) -> Iterable[Any]:
+def _open(spelling: str, name: str, config: str | None, split: str | None, splits: Sequence[str]) -> Iterable[Any]:
     """The rows of one split."""
     try:
         datasets = importlib.import_module("datasets")
@@ -81,14 +85,20 @@ def _open(spelling: str, name: str, config: str | None, split: str | None) -> It
         raise CalibrationError(
             f"calibration {spelling}: named data sets need the datasets library: pip install datasets"
         ) from None
-    folder = Path(name)
-    if (folder / "dataset_dict.json").is_file():  # written by save_to_disk
-        found: Iterable[Any] = datasets.load_from_disk(name)[split]
-    elif (folder / "state.json").is_file():
+    path = Path(name)
+    if (path / "state.json").is_file():  # written by save_to_disk, as are the next
+        return datasets.load_from_disk(name)  # type: ignore[no-any-return]
+    if (path / "dataset_dict.json").is_file():
         found = datasets.load_from_disk(name)
+    elif path.is_file():
+        kind = "parquet" if path.suffix == ".parquet" else "json"
+        found, split = datasets.load_dataset(kind, data_files=name, streaming=True), "train"
+    elif split is not None or len(splits) == 1:
+        return datasets.load_dataset(name, config, split=split or splits[0], streaming=True)  # type: ignore[no-any-return]
     else:
-        found = datasets.load_dataset(name, config, split=split, streaming=True)
-    return found
+        found = datasets.load_dataset(name, config, streaming=True)
+    rows: Iterable[Any] = found[split or next((one for one in splits if one in found), splits[0])]
+    return rows
 
 
 def _articles(rows: Iterable[Any], field: str) -> Iterator[str]:
