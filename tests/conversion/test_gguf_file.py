@@ -18,7 +18,7 @@ from halfbyte.checkpoints.reader import Checkpoint
 from halfbyte.cli import app
 from halfbyte.conversion.gguf_file import export_gguf
 from halfbyte.conversion.quantized import QuantizedCheckpoint
-from halfbyte.errors import OutputError, UnsupportedError
+from halfbyte.errors import CheckpointError, OutputError, UnsupportedError
 from halfbyte.formats.layouts import read_layout
 from halfbyte.quantization.config import QuantConfig
 from tests.conftest import make_llama, make_tokenizer
@@ -149,7 +149,8 @@ def test_what_cannot_be_written_is_refused_and_leaves_nothing(
         (tmp_path / name / "config.json").write_text(json.dumps({**config, **entries}))
         return tmp_path / name
 
-    scaled = changed("scaled", rope_parameters={"rope_type": "llama3", "rope_theta": 1e4, "factor": 8.0})
+    scaled = changed("scaled", rope_parameters={"rope_type": "yarn", "rope_theta": 1e4, "factor": 8.0})
+    half = changed("half", rope_parameters={"rope_type": "llama3", "rope_theta": 1e4, "factor": 8.0})
     tokenized = changed("tokenized")
     document = json.loads((tokenized / "tokenizer.json").read_text())
     document["pre_tokenizer"] = {"type": "Whitespace"}
@@ -162,11 +163,12 @@ def test_what_cannot_be_written_is_refused_and_leaves_nothing(
     for folder, message in (
         (tiny_llama, "is not quantized"),
         (changed("other", model_type="gemma2"), "model_type 'gemma2': GGUF files are written for llama"),
-        (scaled, "rotary scaling 'llama3'"),
+        (scaled, "rotary scaling 'yarn'"),
+        (half, "low_freq_factor of rope_parameters: expected a number above 0"),
         (tokenized, "cuts text in a way that is not known"),
         (fine, r"model\.layers\.0\.mlp\.down_proj: has 96 inputs in groups of 16; GGUF Q4_1 has blocks of 32"),
     ):
-        with pytest.raises(UnsupportedError, match=message):
+        with pytest.raises((UnsupportedError, CheckpointError), match=message):
             export_gguf(folder, output, progress=False)
         assert list(output.parent.iterdir()) == []
     output.write_text("mine")

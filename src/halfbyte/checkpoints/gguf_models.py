@@ -45,6 +45,7 @@ OUTER_NAMES = {
 ROPE_FACTORS = "rope_freqs.weight"
 # Low and high frequency factor and original context of Llama 3.1 to 3.3, of which the file has only what follows.
 LLAMA3_SCALING = (1.0, 4.0, 8192)
+LLAMA3_ENTRIES = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
 
 
 @dataclass(frozen=True)
@@ -246,15 +247,8 @@ def _scaled_by_table(file: GgufFile, rope: dict[str, Any], width: int) -> dict[s
     if file.info(ROPE_FACTORS).shape != (width // 2,):
         raise CheckpointError(f"{file.path}: tensor {ROPE_FACTORS}: expected {width // 2} factors")
     factors = floats(file.rows(ROPE_FACTORS), file.info(ROPE_FACTORS).kind, ROPE_FACTORS, torch.float32).flatten()
-    low, high, original = LLAMA3_SCALING
-    scaled = {
-        **rope,
-        "rope_type": "llama3",
-        "factor": float(factors.max()),
-        "low_freq_factor": low,
-        "high_freq_factor": high,
-        "original_max_position_embeddings": original,
-    }
+    entries = (float(factors.max()), *LLAMA3_SCALING)
+    scaled = {**rope, "rope_type": "llama3", **dict(zip(LLAMA3_ENTRIES, entries, strict=True))}
     if torch.allclose(llama3_factors(scaled, width), factors, rtol=1e-5):
         return scaled
     listed = factors.tolist()
@@ -277,8 +271,7 @@ def llama3_factors(rope: Mapping[str, Any], width: int) -> torch.Tensor:
 
     Source: `_compute_llama3_parameters` of transformers, and llama.cpp's converter, which writes them.
     """
-    factor, low, high = (float(rope[key]) for key in ("factor", "low_freq_factor", "high_freq_factor"))
-    original = float(rope["original_max_position_embeddings"])
+    factor, low, high, original = (float(rope[key]) for key in LLAMA3_ENTRIES)
     frequencies = float(rope["rope_theta"]) ** -(torch.arange(0, width, 2, dtype=torch.float64) / width)
     turns = original * frequencies / (2 * math.pi)
     smooth = ((turns - low) / (high - low)).clamp(0, 1)

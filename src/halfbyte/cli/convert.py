@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 def command(
     model: Annotated[
-        str, typer.Argument(help="A quantized checkpoint: a folder, a hub name, or MODEL@METHOD; see --format.")
+        str, typer.Argument(help="A quantized checkpoint: a folder, a GGUF file, a hub name, or MODEL@METHOD.")
     ],
     output: Annotated[Path, typer.Argument(help="Folder for the new checkpoint; for gguf the file, such as x.gguf.")],
     layout: Annotated[
@@ -30,7 +30,8 @@ def command(
     requantize: Annotated[
         bool,
         typer.Option(
-            "--requantize", help="Where a layout has fp16 scales and a weight others: round them, and show the error."
+            "--requantize",
+            help="Where a layout has fp16 scales and integer zero points and a weight others: round, show the error.",
         ),
     ] = False,
     from_pickle: Annotated[

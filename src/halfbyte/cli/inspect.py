@@ -29,7 +29,7 @@ def _group() -> None:
 
 
 def folds(
-    model: Annotated[str, typer.Argument(help="A folder, sample:NAME or a hub name; not quantized.")],
+    model: Annotated[str, typer.Argument(help="A folder, a GGUF file, sample:NAME or a hub name; not quantized.")],
     every_block: Annotated[bool, typer.Option("--all", help="Every block, not one of each structure.")] = False,
     json: JsonFlag = False,
 ) -> None:

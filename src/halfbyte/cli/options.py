@@ -18,8 +18,8 @@ from halfbyte.cli.render import parse_draft_length, parse_head_bits
 ModelArgument = Annotated[
     str,
     typer.Argument(
-        help="A folder, sample:NAME, a hub name, or one of these with @METHOD (awq, best, …), quantized when first "
-        "asked for, and kept."
+        help="A folder, a GGUF file, sample:NAME, a hub name, or one of these with @METHOD (awq, best, …), quantized "
+        "when first asked for, and kept."
     ),
 ]
 Temperature = Annotated[float, typer.Option(help="0 is greedy.")]

@@ -12,7 +12,9 @@ from halfbyte.errors import ConfigError
 
 
 def command(
-    model: Annotated[str, typer.Argument(help="A folder, sample:NAME, or a hub name (organisation/name).")],
+    model: Annotated[
+        str, typer.Argument(help="A folder, a GGUF file, sample:NAME, or a hub name (organisation/name).")
+    ],
     output: Annotated[Path, typer.Option("-o", "--output", help="Folder for the new checkpoint.")],
     method: Annotated[
         str, typer.Option(help="rtn (no calibration: seconds), awq, awq-l2, gptq, or best (slowest, closest).")

@@ -17,12 +17,10 @@ SHOWN = 20
 
 
 def command(
-    model: Annotated[str, typer.Argument(help="A folder, sample:NAME or a hub name; quantized or not.")],
+    model: Annotated[str, typer.Argument(help="A folder, a GGUF file, sample:NAME or a hub name; quantized or not.")],
     engine: Annotated[
         list[str] | None,
-        typer.Option(
-            "--for", help="Also by the rules of vllm, sglang, transformers or autoawq; repeatable."
-        ),
+        typer.Option("--for", help="Also by the rules of vllm, sglang, transformers or autoawq; repeatable."),
     ] = None,
     tensor_parallel: Annotated[
         int, typer.Option("--tp", help="With --for vllm or sglang: GPUs that each linear is to be split over.")

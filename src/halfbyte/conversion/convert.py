@@ -12,13 +12,14 @@ from pathlib import Path
 from typing import Any
 
 from halfbyte.checkpoints.disk import ensure_space
+from halfbyte.checkpoints.gguf_copy import is_gguf
 from halfbyte.checkpoints.reader import Checkpoint, read_json_object
 from halfbyte.checkpoints.writer import CheckpointWriter, check_target, real_target
 from halfbyte.conversion.pickles import PickledCheckpoint
 from halfbyte.conversion.quantized import QuantizedCheckpoint, WeightSummary, check_strays
 from halfbyte.conversion.result import REQUANTIZED, Conversion, LinearConversion
-from halfbyte.conversion.targets import FORMATS, SAFETENSORS, TARGETS, Target, Traits, format_of
-from halfbyte.conversion.weights import check_outcome, compare, with_half_scales
+from halfbyte.conversion.targets import FORMATS, GGUF, SAFETENSORS, TARGETS, Target, Traits, format_of
+from halfbyte.conversion.weights import check_outcome, compare, rounded
 from halfbyte.errors import ConfigError, ModelNotFoundError, UnsupportedError
 from halfbyte.formats.layouts import Layout, read_layout
 from halfbyte.progress import Ticker, progress_bar
@@ -43,11 +44,12 @@ def convert(
     """Write a checkpoint in another layout; every tensor outside the quantized linears stays byte for byte.
 
     Args:
-        model: a quantized checkpoint: a folder, a hub name, or MODEL@METHOD; for "safetensors" any model.
+        model: a quantized checkpoint: a folder, a GGUF file, a hub name, or MODEL@METHOD; for "safetensors" any model.
         output_dir: the new checkpoint; nothing appears there before everything is written.
         format: "gemm", "gemv", "gemv_fast", "llm-awq", "marlin", "compressed-tensors", "gptq" (version 2) or "native";
             or "safetensors": the tensors as they are, in new shards.
-        requantize: where a layout has fp16 scales and a weight others, round the scales and take the nearest codes.
+        requantize: where a layout has fp16 scales and integer zero points and a weight others, round them and take the
+            nearest codes.
         from_pickle: with "safetensors", read `pytorch_model.bin`, without running what it holds.
         max_shard_size: a file of the new checkpoint at most, in bytes or as "2GB" or "800MiB".
         overwrite: replace an existing checkpoint.
@@ -119,6 +121,8 @@ class _Job:
         """As the table of targets has it."""
         if isinstance(self.source, PickledCheckpoint):
             return "pickle"
+        if is_gguf(self.model):
+            return GGUF
         section = self.source.config.get("quantization_config")
         return SAFETENSORS if section is None else format_of(section)
 
@@ -151,11 +155,11 @@ class _Job:
         assert self.target is not None
         if self.target.cannot_hold(tensor) is None:
             return tensor
-        rounded = with_half_scales(tensor)
-        if rounded is None or self.target.cannot_hold(rounded) is not None:
+        found = rounded(tensor)
+        if found is None or self.target.cannot_hold(found) is not None:
             return tensor
         self.rounded.add(name)
-        return rounded
+        return found
 
     def write_tensors(self, writer: CheckpointWriter, ticker: Ticker) -> None:
         """Every tensor in the order of names, a linear's where its codes stood."""
@@ -174,7 +178,7 @@ class _Job:
         assert self.traits is not None
         assert self.layout is not None
         before = self.quantized.read(name)
-        changed = with_half_scales(before) if name in self.rounded else None
+        changed = rounded(before) if name in self.rounded else None
         packed = self.target.pack(changed or before, name, self.traits)
         found = compare(name, before, self.layout.unpack(packed, name))
         self.linears.append(check_outcome(found, name in self.rounded, self.format))
@@ -231,8 +235,8 @@ class _Fitting:
         for format, target in TARGETS.items():
             reason = None if format in self._first else target.cannot_hold(tensor)
             if reason is not None:
-                rounded = with_half_scales(tensor)
-                fits = rounded is not None and target.cannot_hold(rounded) is None
+                found = rounded(tensor)
+                fits = found is not None and target.cannot_hold(found) is None
                 hint = "; --requantize rounds them" if fits else ""
                 self._first[format] = f"{name}: {reason}{hint}"
 
@@ -257,6 +261,8 @@ class _Fitting:
         ]
         choice = f"--format {fits[0]} holds every linear" if fits else f"only {source_format}, as it is, holds them all"
         others = f", and so do {', '.join(fits[1:])}" if len(fits) > 1 else ""
+        if source_format == GGUF:
+            others += "; halfbyte quantize makes new codes of the file's weights"
         # What stayed in 16 bit was decided when the model was quantized.
         reason = self._first[format].replace("; add it to modules_to_not_convert", "")
         raise UnsupportedError(f"{reason}; {choice}{others}")

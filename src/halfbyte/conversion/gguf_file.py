@@ -2,7 +2,8 @@
 
 A linear becomes Q4_0 where its zero points are all 8, which is exact, else Q4_1, which rounds the minima to fp16. What
 is not quantized stays in 16 bits, vectors become float32, as llama.cpp wants them. For the Llama architecture the rows
-of q and k are put from rotary halves [2, d/2] of each head into neighbours [d/2, 2].
+of q and k are put from rotary halves [2, d/2] of each head into neighbours [d/2, 2]. Llama 3's rotary scaling becomes
+a factor for each frequency, `rope_freqs.weight`.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ import numpy.typing as npt
 import torch
 
 from halfbyte.checkpoints.disk import ensure_space, replacing
+from halfbyte.checkpoints.gguf_models import LLAMA3_ENTRIES, ROPE_FACTORS, llama3_factors
 from halfbyte.checkpoints.reader import Checkpoint
 from halfbyte.conversion.gguf_tokenizer import GgufTokenizer, read_gguf_tokenizer
 from halfbyte.conversion.quantized import QuantizedCheckpoint
@@ -34,6 +36,7 @@ ARCHITECTURES = {
     "llama": ("llama", True), "mistral": ("llama", True), "qwen2": ("qwen2", False), "qwen3": ("qwen3", False),
 }  # fmt: skip
 QUANTIZATION_VERSION = 2
+LLAMA3 = "llama3"
 
 
 @dataclass(frozen=True)
@@ -98,7 +101,7 @@ class _Export:
             )
         self.architecture, self.permutes = ARCHITECTURES[kind]
         self.quantized = QuantizedCheckpoint(checkpoint, layout)
-        self.rope_base = _rope_base(self.config, checkpoint.folder)
+        self.rope = _rope(self.config, checkpoint.folder)
         self.heads = int(self.config["num_attention_heads"])
         self.head_dim = int(self.config.get("head_dim") or self.config["hidden_size"] // self.heads)
         self.kinds: dict[str, int] = {}
@@ -159,6 +162,8 @@ class _Export:
             kind = "F32" if len(info.shape) == 1 else kind
             *rows, columns = info.shape
             yield _Part(self._gguf_name(name), name, kind, (*rows, columns * (4 if kind == "F32" else 2)))
+        if self.rope["rope_type"] == LLAMA3:
+            yield _Part(ROPE_FACTORS, ROPE_FACTORS, "F32", (4 * self.head_dim // 2,))
 
     def _gguf_name(self, name: str) -> str:
         found: str | None = self._names.get_name(name, try_suffixes=(".weight", ".bias"))
@@ -174,6 +179,8 @@ class _Export:
                 assert tensor.bias is not None
                 return _bytes(tensor.bias.float())
             return gguf_blocks.pack(tensor, part.kind, part.source).numpy()
+        if part.source == ROPE_FACTORS:
+            return _bytes(llama3_factors(self.rope, self.head_dim))
         values = self.checkpoint.read(part.source)
         order = self._order(part.source.rpartition(".")[0], values.shape[0])
         values = values if order is None else values[order]
@@ -206,7 +213,10 @@ class _Export:
         writer.add_head_count(self.heads)
         writer.add_head_count_kv(int(config.get("num_key_value_heads") or self.heads))
         writer.add_layer_norm_rms_eps(float(config["rms_norm_eps"]))
-        writer.add_rope_freq_base(self.rope_base)
+        writer.add_rope_freq_base(float(self.rope["rope_theta"]))
+        if self.rope["rope_type"] == "linear":
+            writer.add_rope_scaling_type(gguf.RopeScalingType.LINEAR)
+            writer.add_rope_scaling_factor(float(self.rope["factor"]))
         writer.add_rope_dimension_count(self.head_dim)
         writer.add_key_length(self.head_dim)
         writer.add_value_length(self.head_dim)
@@ -250,12 +260,24 @@ def _name_map(architecture: str, blocks: int) -> Any:
     return gguf.get_tensor_name_map(found, blocks)
 
 
-def _rope_base(config: dict[str, Any], folder: Path) -> float:
-    rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
-    kind = rope.get("rope_type", rope.get("type", "default"))
-    if kind != "default":
-        raise UnsupportedError(f"{folder}: rotary scaling {kind!r}: GGUF files are written for models without one")
-    return float(rope.get("rope_theta", config.get("rope_theta", 10000.0)))
+def _rope(config: dict[str, Any], folder: Path) -> dict[str, Any]:
+    """`rope_parameters`, under whatever name and with each entry, of a kind that a file can hold."""
+    found = config.get("rope_parameters") or config.get("rope_scaling") or {}
+    rope = {
+        "rope_theta": float(config.get("rope_theta", 10000.0)),
+        **found,
+        "rope_type": found.get("rope_type", found.get("type", "default")),
+    }
+    needed = {"default": (), "linear": ("factor",), LLAMA3: LLAMA3_ENTRIES}.get(rope["rope_type"])
+    if needed is None:
+        raise UnsupportedError(
+            f"{folder}: rotary scaling {rope['rope_type']!r}: GGUF files are written for models without one, or with "
+            f"linear or {LLAMA3}"
+        )
+    for key in ("rope_theta", *needed):
+        if type(rope.get(key)) not in (int, float) or not rope[key] > 0:
+            raise CheckpointError(f"{folder}/config.json: {key} of rope_parameters: expected a number above 0")
+    return rope
 
 
 def _bytes(values: torch.Tensor) -> npt.NDArray[np.uint8]:

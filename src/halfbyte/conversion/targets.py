@@ -14,6 +14,8 @@ from halfbyte.tensor import QuantizedTensor
 
 # Without layouts: the tensors as they are, in new shards.
 SAFETENSORS = "safetensors"
+# One file, which has a writer of its own (`gguf_file`).
+GGUF = "gguf"
 
 
 @dataclass(frozen=True)

@@ -15,6 +15,8 @@ from halfbyte.architectures.matrices import matrix_shape
 from halfbyte.architectures.skeleton import build_skeleton
 from halfbyte.architectures.stored import ModelTensors
 from halfbyte.architectures.tokenizer import load_tokenizer
+from halfbyte.checkpoints.gguf_copy import is_gguf
+from halfbyte.checkpoints.gguf_reader import GgufFile
 from halfbyte.checkpoints.header import shown
 from halfbyte.checkpoints.reader import Checkpoint, read_config, read_json_object
 from halfbyte.checkpoints.writer import tensor_hash
@@ -37,7 +39,7 @@ def verify(
     """Read a whole checkpoint and check it: files, names, shapes, numbers, linears, tokenizer, hashes.
 
     Args:
-        model: a folder, "sample:NAME" or a hub name; quantized or not.
+        model: a folder, a GGUF file, "sample:NAME" or a hub name; quantized or not.
         engines: "vllm", "sglang", "transformers" or "autoawq": also by their rules of shapes and names.
         tensor_parallel: GPUs that each linear is split over there.
         progress: show a bar with an ETA on a terminal.
@@ -68,7 +70,19 @@ def verify(
     checks = [files, job.config, job.names, job.finite, job.linears, _tokenizer(folder, job.vocabulary), job.hashes]
     for engine in engines:
         checks.append(check_engine(engine, job.weights, job.quantized, checkpoint, tensor_parallel))
+    if is_gguf(model):
+        checks.insert(0, _gguf_file(Path(model).expanduser()))
     return Verification(folder, tuple(checks))
+
+
+def _gguf_file(path: Path) -> Check:
+    """What came through: a header that is not sound never comes this far."""
+    file = GgufFile(path)
+    kinds = Counter(info.kind for info in file.tensors.values())
+    check = Check("GGUF file")
+    listed = ", ".join(f"{count} × {kind}" for kind, count in kinds.most_common())
+    check.detail = f"architecture {file.architecture}, {listed}; none outside the file, none overlap"
+    return check
 
 
 class _Job:

@@ -8,17 +8,27 @@ import torch
 
 from halfbyte.conversion.result import REQUANTIZED, UNCHANGED, LinearConversion
 from halfbyte.errors import UnsupportedError
-from halfbyte.formats.checks import inexact
+from halfbyte.formats.checks import BITS, inexact
+from halfbyte.quantization.grid import Grid
 from halfbyte.tensor import QuantizedTensor
 
 
-def with_half_scales(tensor: QuantizedTensor) -> QuantizedTensor | None:
-    """The weight on the grid whose scales are rounded to fp16, each code the nearest one there.
+def rounded(tensor: QuantizedTensor) -> QuantizedTensor | None:
+    """The weight on a grid of fp16 scales and integer zero points, each code the nearest one there.
+
+    Scales are rounded where zero points are integers already; beside floating minima each group of a 4-bit weight gets
+    the grid that rounding to nearest would give its whole range.
 
     Returns:
         None where nothing would change, or where fp16 has no such numbers.
     """
-    if inexact(tensor.scales) is None or tensor.zeros.is_floating_point():
+    if tensor.zeros.is_floating_point():
+        plain = tensor.group_index is None and tensor.input_scale is None and tensor.kept_columns is None
+        if tensor.bits != BITS or not plain:
+            return None
+        found = Grid(BITS, tensor.group_size, zero_point=True).quantize(tensor.dequantize())
+        return replace(found, bias=tensor.bias) if torch.isfinite(found.scales).all() else None
+    if inexact(tensor.scales) is None:
         return None
     scales = tensor.scales.half().float()
     if not torch.isfinite(scales).all() or ((scales == 0) & (tensor.scales != 0)).any():

@@ -157,7 +157,8 @@ class _Contestant:
         request = None if self.nf4 else parse_copy_request(model)
         # Of MODEL@METHOD the model that the copy is made from, until `make`.
         name = self.name.removesuffix(SUFFIX) if self.nf4 else model
-        self.folder = resolve_model(name if request is None else request.model)
+        plain = request is None and not self.nf4
+        self.folder = model_folder(name) if plain else resolve_model(name if request is None else request.model)
         self.on_the_fly = request is not None
         self.calibrated = request is not None and request.config.calibrated
         stored = "quantization_config" in read_config(self.folder)
