@@ -332,7 +332,9 @@ inline void run_all() {
         if (gpu->waits > 10'000'000) throw std::runtime_error("a flag is waited for that nobody raises");
         idle = 0;
         run_warp(warp);
-        release_barrier(warp[0]->block);
+        bool arrived = false;
+        for (int lane = 0; lane < LANES; ++lane) arrived |= warp[lane]->state == State::BARRIER || warp[lane]->state == State::DONE;
+        if (arrived) release_barrier(warp[0]->block);
         for (int lane = 0; lane < LANES; ++lane) done &= warp[lane]->state == State::DONE;
         if (done) {
             count_conflicts(warp);

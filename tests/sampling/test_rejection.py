@@ -279,7 +279,7 @@ IDS, DRAFT, TARGET = torch.zeros(2, 3, dtype=torch.int64), torch.full((2, 3, 4),
             {"implementation": "quick"},
             "^implementation: expected auto, reference, vectorized, native or cuda, got 'quick'",
         ),
-        ({"implementation": "cuda"}, "^implementation cuda: not there yet; take vectorized"),
+        ({"implementation": "cuda"}, "^implementation cuda: expected tensors on a CUDA device, got cpu; take"),
     ],
 )
 def test_what_does_not_fit_is_refused_by_name(changed: dict[str, Any], message: str) -> None:

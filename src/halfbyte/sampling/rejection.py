@@ -10,6 +10,7 @@ import torch
 
 from halfbyte.errors import ConfigError, UnsupportedError
 from halfbyte.sampling.filters import SamplingParameters
+from halfbyte.sampling.rejection_cuda import cuda_missing, reject_on_cuda
 from halfbyte.sampling.rejection_inputs import MAX_VOCABULARY, RejectionInputs, Settings
 from halfbyte.sampling.rejection_native import draw_natively, reject_natively
 from halfbyte.sampling.rejection_reference import reject_by_loop
@@ -17,6 +18,7 @@ from halfbyte.sampling.rejection_vectorized import reject_vectorized
 
 Number = float | torch.Tensor
 
+# Those that run on the CPU.
 IMPLEMENTATIONS: dict[str, Callable[[RejectionInputs], tuple[torch.Tensor, torch.Tensor]]] = {
     "reference": reject_by_loop,
     "vectorized": reject_vectorized,
@@ -71,7 +73,8 @@ def rejection_sample(
             the target only.
         top_p: a number or [B]; None or 1 keep all.
         min_p: a number or [B]; None or 0 keep all.
-        implementation: "reference", "vectorized" (any device) or "native" (CPU); "auto" takes the fastest there is.
+        implementation: "reference", "vectorized" (any device), "native" (CPU) or "cuda" (an NVIDIA GPU, in one launch);
+            "auto" takes the fastest there is.
 
     Returns:
         ids: int64 [B, K + 1], the accepted drafts, the new token, then -1.
@@ -99,7 +102,11 @@ def rejection_sample(
         RejectionInputs(
             draft_ids.contiguous(),
             None if draft_probs is None else draft_probs.contiguous(),
-            (target_probs if target_probs.dtype is torch.float32 else target_probs.float()).contiguous(),
+            (
+                target_probs
+                if target_probs.dtype is torch.float32 or sample is reject_on_cuda
+                else target_probs.float()
+            ).contiguous(),
             None if lengths is None else lengths.contiguous(),
             uniforms.contiguous(),
             logits,
@@ -132,9 +139,13 @@ def draw_with_probabilities(
 
 def _pick(implementation: str, target: torch.Tensor) -> Callable[[RejectionInputs], tuple[torch.Tensor, torch.Tensor]]:
     if implementation == "auto":
-        return reject_natively if target.is_cpu else reject_vectorized
+        if target.is_cpu:
+            return reject_natively
+        return reject_vectorized if cuda_missing(target.device) else reject_on_cuda
     if implementation == "cuda":
-        raise UnsupportedError("implementation cuda: not there yet; take vectorized, which runs on CUDA tensors")
+        if missing := cuda_missing(target.device):
+            raise UnsupportedError(f"implementation cuda: {missing}; take vectorized, which runs on any device")
+        return reject_on_cuda
     if implementation not in IMPLEMENTATIONS:
         names = ", ".join(IMPLEMENTATIONS)
         raise ConfigError(f"implementation: expected auto, {names} or cuda, got {implementation!r}")

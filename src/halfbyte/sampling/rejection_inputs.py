@@ -59,7 +59,7 @@ class RejectionInputs(NamedTuple):
     Attributes:
         draft_ids: int64 [B, K].
         draft_probs: float32 [B, K, V]; None: every drafted token was certain.
-        target: float32 [B, K + 1, V].
+        target: float32 [B, K + 1, V]; for the CUDA kernel logits may be float16 or bfloat16.
         lengths: int64 [B]; None: all K.
         uniforms: float32 [B, K + 1].
         logits: whether `target` holds logits.
