@@ -25,11 +25,14 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
+import torch
+
 from halfbyte.device.gpu_facts import known_gpu, occupancy
 from halfbyte.kernels.cuda_build import source_folder
 from halfbyte.kernels.cuda_launch import GEOMETRIES, SOURCE, THREADS
 from halfbyte.kernels.cuda_ops import KERNELS as DECODER_KERNELS
 from halfbyte.kernels.cuda_ops import norm_shared_bytes
+from halfbyte.sampling import rejection_cuda
 
 ARCHS = ("sm_80", "sm_86", "sm_89", "sm_90a")
 PTXAS = re.compile(
@@ -83,8 +86,19 @@ def _decoder(type_: str, source: str) -> Variant:
     return Variant(source, type_.lower(), (f"-DDECODER_TYPE={type_}",), tuple(kernels))
 
 
+def _rejection(dtype: torch.dtype, filtered: bool) -> Variant:
+    return Variant(
+        rejection_cuda.SOURCE,
+        f"{rejection_cuda.TYPES[dtype].lower()}, {'logits or filters' if filtered else 'probabilities as they are'}",
+        tuple(f"-D{name}={value}" for name, value in rejection_cuda.macros(dtype, filtered).items()),
+        (Kernel(rejection_cuda.ENTRY, rejection_cuda.THREADS, rejection_cuda.SHARED_BYTES[filtered]),),
+    )
+
+
 TYPES = ("Half", "BFloat")
 VARIANTS = [
+    _rejection(torch.float32, False),
+    *(_rejection(dtype, True) for dtype in rejection_cuda.TYPES),
     *itertools.starmap(_decoder, itertools.product(TYPES, ("rms_norm.cu", "rotate_append.cu", "gated.cu"))),
     *itertools.starmap(_w4a16, itertools.product(TYPES, (False, True), (False, True))),
 ]
