@@ -10,12 +10,12 @@ from hypothesis import strategies as st
 from halfbyte.errors import CheckpointError, ConfigError, UnsupportedError
 from halfbyte.formats import gemm
 from halfbyte.formats.bits import (
-    NATURAL,
     pack_nibbles,
     pack_nibbles_transposed,
     unpack_nibbles,
     unpack_nibbles_transposed,
 )
+from halfbyte.formats.runs import word_bytes
 from halfbyte.tensor import QuantizedTensor
 
 
@@ -34,8 +34,8 @@ def random_tensor(seed: int, outputs: int, groups: int, group_size: int, *, bias
 def test_the_word_of_outputs_0_to_7() -> None:
     """Worked by hand from the formula: nibble i holds output ORDER[i], lowest nibble first."""
     codes = torch.arange(8, dtype=torch.uint8).reshape(1, 8)
-    assert pack_nibbles(codes, gemm.ORDER).item() == 0x75316420
-    assert pack_nibbles(codes, NATURAL).item() == 0x76543210
+    assert pack_nibbles_transposed(codes.T, gemm.ORDER).item() == 0x75316420
+    assert pack_nibbles(codes).item() == 0x76543210
     assert pack_nibbles(torch.full((1, 8), 8, dtype=torch.uint8)).item() == -2004318072  # 0x88888888
 
 
@@ -73,12 +73,15 @@ def test_unpack_is_the_inverse_of_pack(seed: int, outputs: int, groups: int, gro
 
 @settings(max_examples=50, deadline=None)
 @given(order=st.permutations(range(8)), seed=st.integers(0, 2**31))
-def test_nibbles_go_round_in_any_order(order: list[int], seed: int) -> None:
-    codes = torch.randint(16, (3, 5, 16), generator=torch.Generator().manual_seed(seed), dtype=torch.uint8)
-    assert torch.equal(unpack_nibbles(pack_nibbles(codes, order), order), codes)
-    words = pack_nibbles(codes[0], order)
-    assert torch.equal(unpack_nibbles_transposed(words, order), codes[0].T)
-    assert torch.equal(pack_nibbles_transposed(codes[0].T, order), words)
+def test_nibbles_go_round_in_any_order_and_as_the_lessons_show_them(order: list[int], seed: int) -> None:
+    codes = torch.randint(16, (5, 16), generator=torch.Generator().manual_seed(seed), dtype=torch.uint8)
+    words = pack_nibbles_transposed(codes.T, order)
+    assert torch.equal(words.unsqueeze(-1).view(torch.uint8), word_bytes(codes.view(5, 2, 8), order))
+    assert torch.equal(unpack_nibbles_transposed(words, order), codes.T)
+    assert torch.equal(unpack_nibbles(pack_nibbles(codes)), codes)
+    # As a part of something else, where it begins at no multiple of a lane.
+    inside = codes.flatten()[1:9]
+    assert torch.equal(pack_nibbles(inside).view(torch.uint8), word_bytes(inside))
 
 
 def test_one_group_per_row() -> None:

@@ -29,7 +29,7 @@ import torch
 
 from halfbyte.errors import CheckpointError
 from halfbyte.formats import awq
-from halfbyte.formats.bits import pack_nibbles, unpack_nibbles
+from halfbyte.formats.bits import NIBBLES, as_lanes
 from halfbyte.formats.checks import BITS, check_others, matrix, no_half, no_place, refuse
 from halfbyte.formats.gemv import misfit, padded_groups, stored_groups
 from halfbyte.tensor import FLOATS, QuantizedTensor
@@ -73,12 +73,13 @@ def pack(tensor: QuantizedTensor, name: str = "tensor", *, llm_awq: bool = False
     refuse(cannot_hold(tensor), tensor, name)
     missing = (padded_groups(tensor.in_features, tensor.group_size) or 0) - tensor.groups
     outputs, inputs = tensor.codes.shape
-    #                             four rows, runs of 64, halves of 32, and 8a + 2b + c in each
-    runs = tensor.codes.reshape(outputs // 4, 4, inputs // 64, 2, 4, 4, 2).permute(0, 2, 1, 3, 5, 6, 4)
+    # Four rows, runs of 64, halves of 32, a, and a lane of eight bytes, 2b + c.
+    runs = as_lanes(tensor.codes, torch.int64).view(outputs // 4, 4, inputs // 64, 2, 4)
+    low, high = (runs[..., a] | (runs[..., a + 1] << 4) for a in (0, 2))
+    words = torch.stack([low[..., None].view(torch.uint8), high[..., None].view(torch.uint8)], -1).view(torch.int16)
     zeros = LLM_AWQ_KEYS[1] if llm_awq else KEYS[1]
     packed = {
-        # Two 16-bit words are one of the 32-bit words that `pack_nibbles` makes, the lower one first.
-        "qweight": pack_nibbles(runs.reshape(outputs // 4, 4 * inputs)).view(torch.int16),
+        "qweight": words.squeeze(-1).transpose(1, 2).reshape(outputs // 4, inputs),
         "scales": _padded(tensor.scales, missing),
         zeros: _padded(-(tensor.scales * tensor.zeros), missing),
     }
@@ -114,9 +115,11 @@ def unpack(tensors: Mapping[str, torch.Tensor], *, group_size: int, name: str = 
     check_others(tensors, {keys[1]: stored, "scales": stored, "bias": (FLOATS, (outputs,))}, name)
     groups = inputs // size
     scales = tensors["scales"][:groups].float().T.contiguous()
-    runs = unpack_nibbles(qweight.contiguous().view(torch.int32)).reshape(outputs // 4, inputs // 64, 4, 2, 4, 2, 4)
+    words = qweight.reshape(outputs // 4, inputs // 64, 4, 2, 8).transpose(1, 2).contiguous().unsqueeze(-1)
+    pairs = [as_lanes(words.view(torch.uint8)[..., half], torch.int64) for half in (0, 1)]
+    runs = torch.cat([(pair >> shift) & NIBBLES for pair in pairs for shift in (0, 4)], -1)
     return QuantizedTensor(
-        codes=runs.permute(0, 2, 1, 3, 6, 4, 5).reshape(outputs, inputs),
+        codes=runs.view(torch.uint8).reshape(outputs, inputs),
         scales=scales,
         zeros=_zero_points(scales, tensors[keys[1]][:groups].float().T, f"{name}.{keys[1]}"),
         bits=BITS,

@@ -28,7 +28,7 @@ import torch
 
 from halfbyte.errors import CheckpointError
 from halfbyte.formats import awq
-from halfbyte.formats.bits import pack_nibbles, unpack_nibbles
+from halfbyte.formats.bits import NIBBLES, as_lanes
 from halfbyte.formats.checks import (
     BITS,
     check_others,
@@ -40,7 +40,6 @@ from halfbyte.formats.checks import (
     refuse,
     whole_groups,
 )
-from halfbyte.formats.runs import AWQ_ORDER as ORDER
 from halfbyte.tensor import FLOATS, QuantizedTensor
 
 VERSION = "marlin"
@@ -81,12 +80,15 @@ def pack(tensor: QuantizedTensor, name: str = "tensor") -> dict[str, torch.Tenso
     """
     refuse(cannot_hold(tensor), tensor, name)
     outputs, inputs = tensor.codes.shape
-    # Axes of n: tile, j, e // 4, t // 4; of k: tile, e // 2 % 2, t % 4, e % 2.
-    tiles = tensor.codes.reshape(outputs // 64, 4, 2, 8, inputs // 16, 2, 4, 2)
-    words = tiles.permute(4, 0, 3, 6, 1, 2, 5, 7).reshape(inputs // 16, 16 * outputs)
+    # Axes of n: tile, j, e // 4, t // 4; of k: tile, e // 2 % 2, and a lane of eight bytes, t % 4 and e % 2.
+    tiles = as_lanes(tensor.codes, torch.int64).view(outputs // 64, 4, 2, 8, inputs // 16, 2)
+    # ORDER puts e // 2 % 2 into the lowest bit of a nibble's number, e // 4 into the next and e % 2 into the highest.
+    halves = tiles[..., 0] | (tiles[..., 1] << 4)
+    words = torch.stack([halves[:, :, half, ..., None].view(torch.uint8) for half in (0, 1)], -1)
+    words = words.view(outputs // 64, 4, 8, inputs // 16, 16).view(torch.int32)
     scales = tensor.scales.half().T.reshape(tensor.groups, -1, *_scale_runs(tensor.groups))
     packed = {
-        "qweight": pack_nibbles(words, ORDER),
+        "qweight": words.permute(3, 0, 2, 4, 1).reshape(inputs // 16, 2 * outputs),
         "scales": scales.transpose(2, 3).reshape(tensor.groups, outputs),
     }
     if tensor.bias is not None:
@@ -122,10 +124,14 @@ def unpack(tensors: Mapping[str, torch.Tensor], *, group_size: int, name: str = 
     size = inputs if group_size >= inputs else whole_groups(inputs, group_size, f"{name}.{keys[0]}")
     groups = inputs // size
     check_others(tensors, {keys[1]: (FLOATS, (groups, outputs)), "bias": (FLOATS, (outputs,))}, name)
-    tiles = unpack_nibbles(codes, ORDER).reshape(inputs // 16, outputs // 64, 8, 4, 4, 2, 2, 2)
+    words = codes.reshape(inputs // 16, outputs // 64, 8, 4, 4).permute(1, 4, 2, 0, 3).contiguous()
+    halves = words.view(torch.uint8).view(*words.shape[:-1], 8, 2)
+    # [2, tiles of n, j, t // 4, tiles of k]: a lane of eight bytes for each e // 4.
+    lanes = torch.stack([as_lanes(halves[..., half], torch.int64).squeeze(-1) for half in (0, 1)], 2)
+    tiles = torch.stack([lanes & NIBBLES, (lanes >> 4) & NIBBLES], -1)
     scales = tensors[keys[1]].float().reshape(groups, -1, *_scale_runs(groups)).transpose(2, 3)
     return QuantizedTensor(
-        codes=tiles.permute(1, 4, 5, 2, 0, 6, 3, 7).reshape(outputs, inputs),
+        codes=tiles.view(torch.uint8).reshape(outputs, inputs),
         scales=scales.reshape(groups, outputs).T.contiguous(),
         zeros=torch.full((outputs, groups), _ZERO, dtype=torch.uint8),
         bits=BITS,

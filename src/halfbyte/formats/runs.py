@@ -1,6 +1,7 @@
-"""Runs of eight codes and the four bytes they share: what `bits` does to a word, free of torch.
+"""Runs of eight codes and the four bytes they share: what a packed word is, free of torch.
 
-Only indices and |, <<, >> and & are used, so that tensors and numpy arrays go through the same lines.
+The lessons show these lines; `bits` packs whole matrices and gives the same bytes. Only indices and |, <<, >> and & are
+used, so that tensors and numpy arrays go through them alike.
 """
 
 from __future__ import annotations
@@ -24,7 +25,6 @@ def word_bytes(runs: Any, order: Sequence[int] = NATURAL) -> Any:
         uint8 [..., 4], of the same kind.
     """
     packed = runs[..., :4] & 0
-    # One byte at a time: torch takes three times as long to pick elements by a list.
     for byte in range(4):
         packed[..., byte] = (runs[..., order[2 * byte + 1]] << 4) | runs[..., order[2 * byte]]
     return packed
