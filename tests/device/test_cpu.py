@@ -1,6 +1,5 @@
 """What the machine says of itself, on this machine and on made-up ones."""
 
-import time
 from pathlib import Path
 
 import numpy as np
@@ -101,21 +100,3 @@ def test_a_peak_is_none_where_a_tier_has_no_instruction(tier: str, monkeypatch: 
     assert all(np.isfinite(peak) and peak > 1e8 for peak in peaks.values() if peak is not None)
     with pytest.raises(ValueError, match="fp32, int8 or bf16"):
         _native.measure_peak("int4", tier)
-
-
-@pytest.mark.parametrize("tier", [tier for tier in _native.available_tiers() if tier != "portable"])
-def test_the_products_of_bytes_are_below_their_peak(tier: str) -> None:
-    """What the loop is for. Both are the best of a few, so that a busy machine does not decide."""
-    rows, cols, m = 512, 2048, 64
-    codes = np.full((rows, cols), 7, dtype=np.uint8)
-    scales, zeros = np.ones((rows, cols // 64), dtype=np.float32), np.full((rows, cols // 64), 8, dtype=np.uint8)
-    linear = _native.a8_linear(codes, scales, zeros, None, tier, 4)
-    x, y = np.ones((m, cols), dtype=np.float32), np.empty((m, rows), dtype=np.float32)
-    with cpu.native_threads(1):
-        seconds = []
-        for _ in range(20):
-            start = time.perf_counter()
-            _native.multiply_each([linear], x, y)
-            seconds.append(time.perf_counter() - start)
-        peak = max(_native.measure_peak("int8", tier) or 0.0 for _ in range(3))
-    assert 2 * m * rows * cols / min(seconds) < peak
