@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Generic, Protocol, TypeVar
 
 import torch
 
@@ -155,14 +155,14 @@ class NativeDecoder:
     def session(self, tokens: int) -> Session:
         """See `Engine`."""
         check_room(tokens, self.max_tokens)
-        return _DecoderSession(self, self.new_cache(1, tokens))
+        return DecoderSession(self, self.new_cache(1, tokens))
 
     def batch(self, sequences: int, tokens: int) -> Batch:
         """See `Engine`; one native call a step for all of them, where one table of angles is right for all."""
         check_room(tokens, self.max_tokens)
         if self._rotations.length_dependent:
             return SequentialBatch([self.session(tokens) for _ in range(sequences)])
-        return _DecoderBatch(self, self.new_cache(sequences, tokens))
+        return DecoderBatch(self, self.new_cache(sequences, tokens))
 
     def new_cache(self, sequences: int = 1, capacity: int = 2048) -> DecoderCache:
         """An empty cache.
@@ -217,27 +217,61 @@ class NativeDecoder:
                 cache.native, tokens, cache.lengths, LOGITS[logits], result.data_ptr() if rows else 0, rows, profile
             )
         except (TypeError, ValueError):
-            self._refuse(cache, tokens)
+            check_tokens(tokens, cache, self.vocabulary)
             raise
         cache.advance([len(new) for new in tokens])
         return result
 
-    def _refuse(self, cache: DecoderCache, tokens: Sequence[Sequence[int]]) -> None:
-        """Say what is wrong with tokens that the native core did not take."""
-        if len(tokens) != len(cache.lengths):
-            raise ConfigError(f"tokens: expected a list for each of {len(cache.lengths)} sequences, got {len(tokens)}")
-        ids = [int(i) for new in tokens for i in new]
-        if not ids:
-            raise ConfigError("tokens: expected at least one")
-        if min(ids) < 0 or max(ids) >= self.record.vocabulary:
-            raise ConfigError(f"token_ids: expected ids in [0, {self.record.vocabulary}), got {min(ids)}…{max(ids)}")
-        longest = max(length + len(new) for length, new in zip(cache.lengths, tokens, strict=True))
-        if longest > cache.capacity:
-            raise ConfigError(f"context: {longest} tokens do not fit into a cache of {cache.capacity}")
+
+class StepCache(Protocol):
+    """What a decoder keeps of its sequences.
+
+    Attributes:
+        lengths: tokens of each sequence that are in it.
+    """
+
+    lengths: list[int]
+
+    @property
+    def capacity(self) -> int:
+        """Positions a sequence has room for."""
+
+    def rollback(self, sequence: int, tokens: int) -> None:
+        """Forget the last tokens of a sequence; see `Session.rollback`."""
 
 
-class _DecoderSession:
-    def __init__(self, decoder: NativeDecoder, cache: DecoderCache):
+Cache = TypeVar("Cache", bound=StepCache, contravariant=True)
+
+
+class SteppingDecoder(Protocol[Cache]):
+    """A decoder whose every step is one call over a cache of its own kind."""
+
+    def step(self, cache: Cache, tokens: Sequence[Sequence[int]], *, logits: str = "last") -> torch.Tensor:
+        """See `NativeDecoder.step`."""
+
+
+def check_tokens(tokens: Sequence[Sequence[int]], cache: StepCache, vocabulary: int) -> None:
+    """Refuse a step that cannot be done.
+
+    Raises:
+        ConfigError: not a list a sequence, nothing to do, an id outside the vocabulary, or more than the cache takes.
+    """
+    if len(tokens) != len(cache.lengths):
+        raise ConfigError(f"tokens: expected a list for each of {len(cache.lengths)} sequences, got {len(tokens)}")
+    ids = [int(i) for new in tokens for i in new]
+    if not ids:
+        raise ConfigError("tokens: expected at least one")
+    if min(ids) < 0 or max(ids) >= vocabulary:
+        raise ConfigError(f"token_ids: expected ids in [0, {vocabulary}), got {min(ids)}…{max(ids)}")
+    longest = max(length + len(new) for length, new in zip(cache.lengths, tokens, strict=True))
+    if longest > cache.capacity:
+        raise ConfigError(f"context: {longest} tokens do not fit into a cache of {cache.capacity}")
+
+
+class DecoderSession(Generic[Cache]):
+    """A `Session` of a decoder."""
+
+    def __init__(self, decoder: SteppingDecoder[Cache], cache: Cache):
         self._decoder, self._cache = decoder, cache
 
     @property
@@ -258,8 +292,10 @@ class _DecoderSession:
         self._cache.rollback(0, tokens)
 
 
-class _DecoderBatch:
-    def __init__(self, decoder: NativeDecoder, cache: DecoderCache):
+class DecoderBatch(Generic[Cache]):
+    """A `Batch` of a decoder."""
+
+    def __init__(self, decoder: SteppingDecoder[Cache], cache: Cache):
         self._decoder, self._cache = decoder, cache
 
     def step(self, tokens: Sequence[Sequence[int]]) -> torch.Tensor:

@@ -8,14 +8,13 @@ from typing import Any
 import torch
 
 from halfbyte.architectures.records import DecoderRecord
-from halfbyte.architectures.stored import ModelTensors
 from halfbyte.checkpoints.reader import Checkpoint
 from halfbyte.device.cpu import pick_tier, thread_count
-from halfbyte.errors import CheckpointError
 from halfbyte.formats.layouts import Layout
 from halfbyte.kernels.decoder_linear import half_linear, quantized_linear
 from halfbyte.quantization.task import give_back_memory
 from halfbyte.runtime.decoder import NativeDecoder
+from halfbyte.runtime.decoder_tensors import DecoderTensors
 from halfbyte.runtime.head import head_linear
 from halfbyte.runtime.rotation import Rotations
 
@@ -58,16 +57,7 @@ class _Loader:
         self, skeleton: Any, checkpoint: Checkpoint, record: DecoderRecord, layout: Layout | None, compute: str
     ):
         self._skeleton, self._record, self._compute = skeleton, record, compute
-        self._checkpoint, self._layout = checkpoint, layout
-        self._tensors = ModelTensors(skeleton, checkpoint, checkpoint.names())
-        self._renamed: dict[str, str] = {}
-        for name in checkpoint.names() if layout is not None else ():
-            if layout is not None and name.endswith(f".{layout.marker}"):
-                stored = name.removesuffix(f".{layout.marker}")
-                located = self._tensors.locate(f"{stored}.weight")
-                if located is not None and not located.steps:
-                    self._renamed[located.parameter.removesuffix(".weight")] = stored
-        self._shapes = {name: tuple(p.shape) for name, p in skeleton.named_parameters(remove_duplicate=False)}
+        self._tensors = DecoderTensors(skeleton, checkpoint, layout)
         self._tier = pick_tier()
         self._keep: list[torch.Tensor] = []
         self._forms: Counter[str] = Counter()
@@ -81,9 +71,9 @@ class _Loader:
         kinds = tuple(dict.fromkeys(record.layer_types))
         rotations = Rotations(self._skeleton.model.rotary_emb, kinds)
         layers = [self._layer(index, kinds) for index in range(record.layers)]
-        embedding = self._half("model.embed_tokens.weight")
+        embedding = self._tensors.half("model.embed_tokens.weight")
         tied = self._skeleton.lm_head.weight is self._skeleton.model.embed_tokens.weight
-        weight = embedding if tied else self._half("lm_head.weight")
+        weight = embedding if tied else self._tensors.half("lm_head.weight")
         norm = self._norm("model.norm")
         head = head_linear(weight, norm, head_bits, self._tier)
         self._keep += [embedding] if tied or head_bits != 16 else [embedding, weight]
@@ -145,56 +135,19 @@ class _Loader:
             kinds.index(record.layer_types[index]),
         )
 
-    def _read(self, name: str) -> torch.Tensor:
-        if name not in self._tensors:
-            raise CheckpointError(f"tensor {name}: the config implies it, the checkpoint lacks it; is it complete?")
-        tensor = self._tensors.read(name)
-        if tuple(tensor.shape) != self._shapes[name]:
-            raise CheckpointError(
-                f"tensor {name}: expected shape {list(self._shapes[name])} from config.json, found {list(tensor.shape)}"
-            )
-        return tensor
-
-    def _half(self, name: str) -> torch.Tensor:
-        """A weight in 16 bit, as it is or rounded from float32."""
-        tensor = self._read(name)
-        return (tensor if tensor.dtype in (torch.bfloat16, torch.float16) else tensor.to(torch.bfloat16)).contiguous()
-
     def _norm(self, module: str) -> list[float]:
-        weight = self._read(f"{module}.weight").float()
+        weight = self._tensors.read(f"{module}.weight").float()
         values: list[float] = (weight + 1 if self._record.family.norm_offset else weight).tolist()
         return values
 
     def _linear(self, module: str) -> Any:
-        stored = self._packed(module)
+        stored = self._tensors.packed(module)
         if stored is None:
-            weight = self._half(f"{module}.weight")
-            bias = self._read(f"{module}.bias") if f"{module}.bias" in self._tensors else None
+            weight = self._tensors.half(f"{module}.weight")
+            bias = self._tensors.bias(module)
             linear = half_linear(weight, bias, self._tier)
         else:
             linear = quantized_linear(stored, self._compute, self._tier)
         self._forms[linear.form.partition("/")[0]] += 1
         self._matrices[module] = linear
         return linear
-
-    def _stored_name(self, module: str) -> str:
-        """What the file calls a module; its packed tensors carry the name, not the weight's."""
-        return self._renamed.get(module, module)
-
-    def _packed(self, module: str) -> Any:
-        """The module's quantized weight, or None if it is in 16 bit."""
-        layout = self._layout
-        if layout is None:
-            return None
-        name = self._stored_name(module)
-        if f"{name}.{layout.marker}" not in self._checkpoint:
-            return None
-        keys = [key for key in layout.keys if f"{name}.{key}" in self._checkpoint]
-        tensor = layout.unpack({key: self._checkpoint.read(f"{name}.{key}") for key in keys}, name)
-        expected = self._shapes[f"{module}.weight"]
-        if (tensor.out_features, tensor.in_features) != expected:
-            raise CheckpointError(
-                f"tensor {name}.{layout.marker}: expected a {list(expected)} linear from config.json, "
-                f"found [{tensor.out_features}, {tensor.in_features}]"
-            )
-        return tensor

@@ -11,6 +11,13 @@ LENGTH_DEPENDENT = ("dynamic", "longrope")
 FIRST_POSITIONS = 512
 
 
+def length_dependent(config: Any) -> bool:
+    """Whether a position's angles depend on how long the sequence is, by a transformers config."""
+    parameters = getattr(config, "rope_parameters", None) or {}
+    kinds = [one for one in parameters.values() if isinstance(one, dict)] or [parameters]
+    return any(kind.get("rope_type") in LENGTH_DEPENDENT for kind in kinds)
+
+
 class Rotations:
     """The tables of one model.
 
@@ -33,7 +40,7 @@ class Rotations:
     @property
     def pairs(self) -> int:
         """Pairs of numbers of a head that turn."""
-        cosines, _ = self._compute(self._kinds[0], 1)
+        cosines, _ = self.tables(self._kinds[0], 1)
         return cosines.shape[1]
 
     def update(self, decoder: Any, length: int) -> None:
@@ -47,13 +54,13 @@ class Rotations:
         else:
             made = table = max(length, 2 * self._length, FIRST_POSITIONS)
         for number, kind in enumerate(self._kinds):
-            cosines, sines = self._compute(kind, table)
+            cosines, sines = self.tables(kind, table)
             decoder.set_rotation(number, cosines.numpy(), sines.numpy())
         self._length, self._made_for = table, made
 
-    def _compute(self, kind: str, length: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """float32 [length, pairs] each: transformers' own numbers, whose second half repeats the first."""
+    def tables(self, kind: str, length: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """Cosines and sines of a kind, float32 [length, pairs] each, for a sequence of that length."""
         arguments = (torch.zeros(1), torch.arange(length).unsqueeze(0))
         cosines, sines = self._module(*arguments, kind) if kind else self._module(*arguments)
-        pairs = cosines.shape[-1] // 2
+        pairs = cosines.shape[-1] // 2  # transformers' second half repeats the first
         return cosines[0, :, :pairs].contiguous(), sines[0, :, :pairs].contiguous()
