@@ -81,7 +81,9 @@ def _verdicts(in_features: int, out_features: int, group_size: int, device: str)
 
 def _print_choices(model: str, choices: KernelChoices) -> None:
     print(f"model     {model} on {choices.device}")
-    if choices.not_fused is None:
+    if choices.not_fused is None and choices.device.type == "cuda":
+        print("decoder   runs it, by default, a CUDA graph a step, on the kernels below")
+    elif choices.not_fused is None:
         print('decoder   runs it whole, by default; the kernels below are those of backend="transformers"')
     else:
         print(f"decoder   does not run it: {choices.not_fused}; the kernels below do")

@@ -11,6 +11,7 @@ from halfbyte.quantization.config import QuantConfig
 from halfbyte.quantization.on_the_fly import model_folder, quantized_copy
 from halfbyte.runtime.decoder import NativeDecoder
 from halfbyte.runtime.engine import Engine
+from halfbyte.runtime.torch_decoder import TorchDecoder
 
 if TYPE_CHECKING:
     from halfbyte.generation.model import Model
@@ -63,9 +64,9 @@ def draft_cost(target: Engine, drafter: Drafter) -> float:
     return _step_bytes(drafter.engine) / _step_bytes(target)
 
 
-def _without_layers(model: Model) -> NativeDecoder:
+def _without_layers(model: Model) -> Engine:
     engine = model.engine
-    if not isinstance(engine, NativeDecoder):
+    if not isinstance(engine, NativeDecoder | TorchDecoder):
         raise UnsupportedError(
             f"draft skip: the fused decoder does not run {model.folder}: {model.not_fused}; try ngram"
         )
@@ -77,7 +78,7 @@ def _without_layers(model: Model) -> NativeDecoder:
 
 
 def _step_bytes(engine: Engine) -> int:
-    return engine.step_bytes if isinstance(engine, NativeDecoder) else engine.nbytes
+    return engine.step_bytes if isinstance(engine, NativeDecoder | TorchDecoder) else engine.nbytes
 
 
 def _check_tokenizers(target: Model, draft: Model) -> None:

@@ -106,7 +106,7 @@ class TorchOps:
         """See `DecoderOps`."""
         rows, (sequences, kv_heads, capacity, head_dim) = qkv.shape[0], keys.shape
         split = qkv.view(rows, heads.heads + 2 * kv_heads, head_dim)
-        q, k, v = split.split([heads.heads, kv_heads, kv_heads], 1)
+        q, k, v = split.split_with_sizes([heads.heads, kv_heads, kv_heads], 1)
         spare = capacity - 1  # a number of rows that depended on how many are left out would have to be known here
         at = torch.where(positions < 0, spare, positions).long()
         tables = heads.cosines[at].unsqueeze(1), heads.sines[at].unsqueeze(1)
@@ -143,5 +143,5 @@ def _turned(heads: torch.Tensor, norm: Norm | None, cosines: torch.Tensor, sines
     if norm is not None:
         heads = functional.rms_norm(heads, norm.weight.shape, norm.offset + norm.weight.float(), norm.epsilon)
     pairs = cosines.shape[-1]
-    a, b, rest = heads.split([pairs, pairs, heads.shape[-1] - 2 * pairs], -1)
+    a, b, rest = heads.split_with_sizes([pairs, pairs, heads.shape[-1] - 2 * pairs], -1)
     return torch.cat([a * cosines - b * sines, b * cosines + a * sines, rest], -1)

@@ -19,6 +19,7 @@ from halfbyte.formats.layouts import Layout, read_layout
 from halfbyte.kernels.registry import Verdict
 from halfbyte.kernels.w4a16 import verdicts
 from halfbyte.runtime.loading import quantized_linears
+from halfbyte.runtime.torch_decoder_loading import torch_decoder_refuses
 
 
 @dataclass(frozen=True)
@@ -56,8 +57,8 @@ class KernelChoices:
     Attributes:
         device: where the linears would be.
         shapes: a kind of linear each, the most frequent first.
-        not_fused: why the fused decoder does not run the model; None where it does, in which case the kernels are
-            those of `backend="transformers"`.
+        not_fused: why the fused decoder does not run the model; None where it does. On the CPU the kernels are then
+            those of `backend="transformers"`, on a GPU the decoder's own.
     """
 
     device: torch.device
@@ -99,10 +100,11 @@ def kernel_choices(folder: Path, device: str = "auto") -> KernelChoices:
         key = (weight.out_features, weight.in_features, weight.bits, weight.group_size, found)
         shapes[key] += len(names)
         leaves.setdefault(key, set()).update(name.rpartition(".")[2] for name in names)
-    record = decoder_record(load_config(str(folder)))
+    config = load_config(str(folder))
+    record = decoder_record(config)
     reason = record if isinstance(record, str) else None
-    if where.type != "cpu":
-        reason = f"it runs on the CPU, not on {where.type}"
+    if not isinstance(record, str) and where.type == "cuda":
+        reason = torch_decoder_refuses(record, config)
     found_shapes = (LayerShape(tuple(sorted(leaves[key])), count, *key) for key, count in shapes.most_common())
     return KernelChoices(where, tuple(found_shapes), reason)
 

@@ -35,6 +35,8 @@ from halfbyte.runtime.fusion import (
 from halfbyte.runtime.head import DEFAULT_HEAD_BITS, HEAD_BITS
 from halfbyte.runtime.placement import DeviceMap, MaxMemory, Placement, packed_bytes, read_placement, spread
 from halfbyte.runtime.quant_linear import QuantLinear
+from halfbyte.runtime.torch_decoder import TorchDecoder
+from halfbyte.runtime.torch_decoder_loading import load_torch_decoder, torch_decoder_refuses
 from halfbyte.tensor import QuantizedTensor
 
 # Backends that are not the name of a linear kernel.
@@ -122,7 +124,7 @@ def load_model(
         raise ConfigError(f'backend "{DECODER}": {needs}, which it does not know; use "{TRANSFORMERS}"')
     fused = None if options is None else Fusion(max_seq_len=options.max_seq_len, by_decoder=True)
     target = torch.device("cpu")
-    engine: TransformersEngine | NativeDecoder
+    engine: TransformersEngine | NativeDecoder | TorchDecoder
     if isinstance(record, str):
         if backend == DECODER:
             raise UnsupportedError(f'{folder}: backend "{DECODER}" cannot run it: {record}; use "{TRANSFORMERS}"')
@@ -132,6 +134,9 @@ def load_model(
             where = spread(network, build.packed_bytes(max_memory), where, max_memory)
         engine, fused = build.run(where)
         kernels, target = dict(build.kernels), where.main
+    elif isinstance(where, Placement) and not where.on_cpu:
+        engine = load_torch_decoder(network, checkpoint, record, layout, where.main)
+        kernels, target = engine.kernels, where.main
     else:
         bits = (16 if layout is None else DEFAULT_HEAD_BITS) if head_bits == "auto" else head_bits
         engine = load_decoder(
@@ -143,8 +148,9 @@ def load_model(
             head_bits=bits,
             cache="fp16" if cache == "auto" else cache,
         )
-        engine.max_tokens = None if options is None else options.max_seq_len
         kernels = engine.forms if layout is not None else {}
+    if not isinstance(engine, TransformersEngine):
+        engine.max_tokens = None if options is None else options.max_seq_len
     return LoadedModel(
         engine,
         network.config,
@@ -171,12 +177,15 @@ def _record(network: Any, checkpoint: Checkpoint, where: Placement | str, backen
     """The record for the decoder, or why the model runs in transformers."""
     if backend not in ("auto", DECODER):
         return f"backend {backend} was asked for"
-    if isinstance(where, Placement) and not where.on_cpu:
-        return f"it runs on the CPU, not on {where.main.type}"
     floats = {checkpoint.info(name).dtype for name in checkpoint.names() if name.endswith("embed_tokens.weight")}
     if torch.float32 in floats:
         return "its weights are stored in fp32"
-    return decoder_record(network.config)
+    record = decoder_record(network.config)
+    if isinstance(record, str) or not isinstance(where, Placement) or where.on_cpu:
+        return record
+    if where.main.type != "cuda":
+        return f"it runs on the CPU and on NVIDIA GPUs, not on {where.main.type}"
+    return torch_decoder_refuses(record, network.config) or record
 
 
 def _stop_ids(network: Any) -> frozenset[int]:
