@@ -12,7 +12,8 @@ constexpr int LANES = 32;
 constexpr int SEGMENT = 512;
 // A probability, what softmax rounds forgiven.
 constexpr float MOST = 1.0009765625f;
-constexpr float NEAR_ZERO = 1e-30f;  // temperatures below any difference of fp32 logits that matters
+// Below and above any difference of fp32 logits that matters.
+constexpr double LEAST_TEMPERATURE = 1e-30, MOST_TEMPERATURE = 1e38;
 
 // 16 bytes hold UNIT numbers of the target.
 struct Fp32 {
@@ -47,56 +48,47 @@ struct Bf16 {
 };
 
 // A warp calls use(id, number of the target, number of the draft) for each token of a segment, each lane for its own.
-// TOGETHER numbers of a lane are under way before the first is used: in loads of 128 bits where rows begin at a multiple
-// of 16 bytes and the segment is whole, else one by one, neighbours by neighbouring lanes.
+// TOGETHER numbers of a lane are under way before the first is used: in loads of 128 bits where rows begin at a
+// multiple of 16 bytes and the segment is whole, else one by one, neighbours by neighbouring lanes. What is missing of
+// the last segment are tokens that weigh nothing: `nothing` as the target's number, 0 as the draft's.
 template <class Type, bool DRAFT, int TOGETHER, class Use>
-DEVICE void read_segment(const char* target, const float* draft, int segment, int vocabulary, Use&& use) {
+DEVICE void read_segment(const char* target, const float* draft, int segment, int vocabulary, float nothing, Use&& use) {
+    constexpr int UNIT = Type::UNIT, LOADS = TOGETHER / UNIT;
     const int lane = thread_index() % LANES, begin = segment * SEGMENT;
     const int end = begin + SEGMENT < vocabulary ? begin + SEGMENT : vocabulary;
     u64 addresses = reinterpret_cast<u64>(target);
     if (DRAFT) addresses |= reinterpret_cast<u64>(draft);
-    if (addresses % 16 == 0 && end == begin + SEGMENT) {
-        constexpr int UNIT = Type::UNIT, LOADS = TOGETHER / UNIT, DRAFTS = DRAFT ? UNIT / 4 : 1;
+    const bool wide = addresses % 16 == 0 && end == begin + SEGMENT;
 #pragma unroll 1
-        for (int first = begin + lane * UNIT; first < end; first += TOGETHER * LANES) {
+    for (int first = begin + (wide ? lane * UNIT : lane); first < end; first += TOGETHER * LANES) {
+        float values[TOGETHER], others[TOGETHER] = {};
+        if (wide) {
             uint4 words[LOADS];
-            float4 drafts[LOADS][DRAFTS];
 #pragma unroll
             for (int i = 0; i < LOADS; ++i) {
                 const int id = first + i * LANES * UNIT;
                 words[i] = load_constant<uint4>(target + static_cast<long long>(id) * Type::BYTES);
 #pragma unroll
-                for (int j = 0; DRAFT && j < DRAFTS; ++j) drafts[i][j] = load_constant<float4>(draft + id + 4 * j);
-            }
-#pragma unroll
-            for (int i = 0; i < LOADS; ++i) {
-                float values[UNIT];
-                Type::unpack(words[i], values);
-#pragma unroll
-                for (int j = 0; j < UNIT; ++j) {
-                    float other = 0.0f;
-                    if constexpr (DRAFT) {
-                        const float4& four = drafts[i][j / 4];
-                        other = j % 4 == 0 ? four.x : j % 4 == 1 ? four.y : j % 4 == 2 ? four.z : four.w;
-                    }
-                    use(first + i * LANES * UNIT + j, values[j], other);
+                for (int j = 0; DRAFT && j < UNIT; j += 4) {
+                    const float4 four = load_constant<float4>(draft + id + j);
+                    others[i * UNIT + j] = four.x, others[i * UNIT + j + 1] = four.y;
+                    others[i * UNIT + j + 2] = four.z, others[i * UNIT + j + 3] = four.w;
                 }
             }
-        }
-        return;
-    }
-#pragma unroll 1
-    for (int first = begin + lane; first < end; first += TOGETHER * LANES) {
-        float values[TOGETHER], others[TOGETHER];
 #pragma unroll
-        for (int i = 0; i < TOGETHER; ++i) {
-            const int id = first + i * LANES;
-            values[i] = id < end ? Type::load(target, id) : 0.0f;
-            others[i] = DRAFT && id < end ? load_constant<float>(draft + id) : 0.0f;
+            for (int i = 0; i < LOADS; ++i) Type::unpack(words[i], values + i * UNIT);
+        } else {
+#pragma unroll
+            for (int i = 0; i < TOGETHER; ++i) {
+                const int id = first + i * LANES;
+                values[i] = id < end ? Type::load(target, id) : nothing;
+                if (DRAFT) others[i] = id < end ? load_constant<float>(draft + id) : 0.0f;
+            }
         }
 #pragma unroll
         for (int i = 0; i < TOGETHER; ++i) {
-            if (first + i * LANES < end) use(first + i * LANES, values[i], others[i]);
+            const int id = first + (wide ? i / UNIT * LANES * UNIT + i % UNIT : i * LANES);
+            use(id, values[i], others[i]);
         }
     }
 }
@@ -105,8 +97,8 @@ DEVICE void read_segment(const char* target, const float* draft, int segment, in
 DEVICE bool is_probability(float value) { return value >= 0.0f && value <= MOST; }
 DEVICE float infinity() { return bits_float(0x7F800000); }
 
-// round(weight · 2^40), ties to even, as high · 2^20 + low, in 32 bits each: high = round(weight · 2^20), and low what
-// the rest, which is exact, times 2^40 rounds to. Rounding is the addition of 1.5 · 2^23, whose bits then hold the
+// round(weight · 2^40), ties to even, as high · 2^20 + low, in 32 bits each: high = round(weight · 2^20), and low is
+// what the rest, which is exact, times 2^40 rounds to. Rounding is the addition of 1.5 · 2^23, whose bits then hold the
 // integer; high · 2^20 is even, so ties go where they would. Sums of 512 fit: high < 2^21, |low| <= 2^19.
 struct Mass {
     u32 high, low;  // low is signed
@@ -179,6 +171,8 @@ struct Distribution {
         if (greedy) return rank_of(score(value), id) >= least_score ? 1.0f : 0.0f;
         return multiply(weight(value, id), factor);
     }
+    // What a token weighs nothing with, and ranks below every other.
+    DEVICE float nothing() const { return logits ? -infinity() : 0.0f; }
     DEVICE bool is_valid(float value) const { return logits ? value < infinity() : is_probability(value); }
 };
 

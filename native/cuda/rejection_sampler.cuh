@@ -1,28 +1,9 @@
-// The sampler of one sequence, by the blocks that share it: rejection_stages.cuh says how.
+// The sampler of one sequence, by the blocks that share it: who does what when, and what a stage leads to.
 #pragma once
 
-#include "rejection_stages.cuh"
+#include "rejection_passes.cuh"
 
 namespace halfbyte {
-
-// Row-major. draft null: every draft was certain. lengths null: all K. settings null: a softmax of logits, or
-// probabilities as they are.
-struct Batch {
-    const long long* draft_ids;  // [B][K]
-    const float* draft;          // [B][K][V]
-    const char* target;          // [B][K + 1][V]
-    const long long* lengths;    // [B]
-    const float* uniforms;       // [B][K + 1]
-    const double* settings;      // [B or 1][4]: temperature, top-k, top-p, min-p
-    long long* ids;              // [B][K + 1]
-    long long* counts;           // [B]
-    Record* records;             // [B]
-    u64* bins;                   // [B][BINS], zeros between launches; not used without settings and logits
-    u64* masses;                 // [B][segments]
-    int drafts, vocabulary;
-    int blocks;  // of a sequence
-    int settings_stride, logits;
-};
 
 // FILTERED: with logits or settings. Otherwise there is one stage, and neither tickets nor waits.
 template <class Type, bool FILTERED>
@@ -30,12 +11,7 @@ class Sampler {
    public:
     static constexpr int SHARED_BYTES = NOTES_BYTES + (FILTERED ? static_cast<int>(sizeof(Bins)) : 0);
 
-    DEVICE explicit Sampler(const Batch& batch)
-        : in(batch),
-          sequence(block_index() / batch.blocks),
-          segments((batch.vocabulary + SEGMENT - 1) / SEGMENT),
-          record(batch.records + sequence),
-          masses(batch.masses + static_cast<long long>(sequence) * segments) {}
+    DEVICE explicit Sampler(const Batch& batch) : own(batch), in(batch), record(own.record) {}
 
     DEVICE void run() {
         if (!begin()) {
@@ -47,7 +23,8 @@ class Sampler {
             const int number = ticket / in.blocks, piece = ticket % in.blocks;
             if (FILTERED && number > 0) copy_state_in();
             const u32 stage = notes().state.stage;
-            if (!notes().state.faulty) work(stage, piece * segments / in.blocks, (piece + 1) * segments / in.blocks);
+            const int first = piece * own.segments / in.blocks, end = (piece + 1) * own.segments / in.blocks;
+            if (!notes().state.faulty) own.work(stage, first, end);
             const bool last = sign_off(number);
             if (stage == DRAW) {
                 if (last) finish();
@@ -61,36 +38,14 @@ class Sampler {
     }
 
    private:
+    const Sequence<Type, FILTERED> own;
     const Batch& in;
-    const int sequence, segments;
     Record* const record;
-    u64* const masses;
-
-    DEVICE const long long* draft_ids() const { return in.draft_ids + static_cast<long long>(sequence) * in.drafts; }
-    DEVICE const float* uniforms() const { return in.uniforms + static_cast<long long>(sequence) * (in.drafts + 1); }
-    DEVICE const char* target_row(int position) const {
-        return in.target + (static_cast<long long>(sequence) * (in.drafts + 1) + position) * in.vocabulary * Type::BYTES;
-    }
-    DEVICE const float* draft_row(int position) const {
-        return in.draft ? in.draft + (static_cast<long long>(sequence) * in.drafts + position) * in.vocabulary : nullptr;
-    }
-    DEVICE float draft_probability(int position, int id) const {
-        const float* row = draft_row(position);
-        return row ? load_constant<float>(row + id) : 1.0f;
-    }
-    DEVICE Distribution distribution() const {
-        if constexpr (!FILTERED) return {true, false, false, false, 0.0f, 1.0f, 0, 0, 0.0f, 1.0f};
-        const State& state = notes().state;
-        const Settings& settings = notes().settings;
-        return {settings.as_it_is != 0, in.logits != 0,    settings.scored != 0, settings.greedy != 0,
-                state.highest,          settings.divisor,  state.least_score,    state.least_weight,
-                state.least,            state.factor};
-    }
 
     // Every block does this for itself, to the same end. False where the sequence cannot be sampled.
     DEVICE bool begin() {
         if (thread_index() == 0) {
-            notes().settings = read_settings();
+            notes().settings = own.read_settings();
             notes().state = {};
         }
         barrier();
@@ -107,37 +62,14 @@ class Sampler {
         return notes().last;
     }
 
-    DEVICE Settings read_settings() const {
-        double given[4] = {1.0, static_cast<double>(in.vocabulary), 1.0, 0.0};
-        const double infinite = infinity();
-#pragma unroll
-        for (int i = 0; i < 4; ++i) {
-            if (FILTERED && in.settings) given[i] = load_constant<double>(in.settings + sequence * in.settings_stride + i);
-        }
-        const double temperature = given[0], top_k = given[1], top_p = given[2], min_p = given[3];
-        const long long length = in.lengths ? load_constant<long long>(in.lengths + sequence) : in.drafts;
-        Settings settings;
-        settings.valid = length >= 0 && length <= in.drafts && temperature >= 0 && temperature < infinite && top_k >= 1 &&
-                         top_p > 0 && top_p <= 1 && min_p >= 0 && min_p <= 1;
-        settings.length = static_cast<u32>(length);
-        settings.top_k = top_k < in.vocabulary ? static_cast<u32>(top_k) : static_cast<u32>(in.vocabulary);
-        settings.top_p = top_p;
-        settings.min_p = static_cast<float>(min_p);
-        settings.greedy = temperature == 0;
-        settings.divisor = settings.greedy ? 1.0f : static_cast<float>(temperature > 1e-30 ? temperature : 1e-30);
-        settings.scored = in.logits || !(temperature == 1 || settings.greedy);
-        settings.as_it_is = !in.logits && temperature == 1 && !(top_k < in.vocabulary) && top_p >= 1 && min_p <= 0;
-        return settings;
-    }
-
     // A warp looks at what is looked at before any row.
     DEVICE bool inputs_are_valid(int length) const {
         bool good = true;
         for (int position = lane_index(); position <= in.drafts; position += LANES) {
-            const float uniform = load_constant<float>(uniforms() + position);
+            const float uniform = load_constant<float>(own.uniforms() + position);
             good &= uniform >= 0.0f && uniform < 1.0f;
             if (position < length) {
-                const long long id = load_constant<long long>(draft_ids() + position);
+                const long long id = load_constant<long long>(own.draft_ids() + position);
                 good &= id >= 0 && id < in.vocabulary;
             }
         }
@@ -152,10 +84,10 @@ class Sampler {
             const int mine = first + lane_index();
             bool wrong = false, stands = true;
             if (mine < length) {
-                const int id = static_cast<int>(load_constant<long long>(draft_ids() + mine));
-                const float p = Type::load(target_row(mine), id), q = draft_probability(mine, id);
+                const int id = static_cast<int>(load_constant<long long>(own.draft_ids() + mine));
+                const float p = Type::load(own.target_row(mine), id), q = own.draft_probability(mine, id);
                 wrong = !is_probability(p) || !is_probability(q);
-                stands = multiply(load_constant<float>(uniforms() + mine), q) < p;
+                stands = multiply(load_constant<float>(own.uniforms() + mine), q) < p;
             }
             const u32 stops = warp_ballot(wrong || !stands), wrongs = warp_ballot(wrong);
             if (stops) {
@@ -205,107 +137,6 @@ class Sampler {
         return notes().last;
     }
 
-    DEVICE void work(u32 stage, int first, int end) const {
-        if (!FILTERED || stage == DRAW) return sum_segments(first, end, true);
-        if (stage == PEAK) return find_peak(first, end);
-        if (stage == SUM) return sum_kept(first, end);
-        count_digits(stage, first, end);
-    }
-
-    DEVICE void find_peak(int first, int end) const {
-        const Distribution distribution = this->distribution();
-        u64 best = 0;
-        for (int segment = first + warp_index(); segment < end; segment += WARPS) {
-            read_segment<Type, false, 16>(target_row(notes().state.position), nullptr, segment, in.vocabulary,
-                                      [&](int id, float value, float) {
-                                          const u64 rank = distribution.is_valid(value) ? rank_of(value, id) : NO_RANK;
-                                          best = rank > best ? rank : best;
-                                      });
-        }
-        best = block_max(best);
-        if (thread_index() == 0 && best) max_global(&record->best, best);
-    }
-
-    DEVICE void count_digits(u32 stage, int first, int end) const {
-        for (int bin = thread_index(); bin < BINS; bin += THREADS) bins().low[bin] = bins().high[bin] = 0;
-        barrier();
-        const Distribution distribution = this->distribution();
-        const State& state = notes().state;
-        const int shift = digit_shift(state.digit), bits = digit_bits(state.digit);
-        const u64 prefix = state.prefix, mask = (1u << bits) - 1;
-        for (int segment = first + warp_index(); segment < end; segment += WARPS) {
-            read_segment<Type, false, 8>(target_row(state.position), nullptr, segment, in.vocabulary,
-                                      [&](int id, float value, float) {
-                                          const float score = distribution.score(value);
-                                          u64 rank = rank_of(score, id), amount = 1;
-                                          if (stage == TOP_P) {
-                                              if (rank < distribution.least_score) return;
-                                              const float weight = distribution.weight_of_score(score);
-                                              rank = rank_of(weight, id), amount = joined(mass_of(weight));
-                                          }
-                                          if (rank >> (shift + bits) == prefix && amount) {
-                                              add_to_bin(static_cast<int>(rank >> shift & mask), amount);
-                                          }
-                                      });
-        }
-        barrier();
-        u64* const all = in.bins + static_cast<long long>(sequence) * BINS;
-        for (int bin = thread_index(); bin < BINS; bin += THREADS) {
-            const u64 amount = static_cast<u64>(load_shared<u32>(&bins().high[bin])) << 32 | load_shared<u32>(&bins().low[bin]);
-            if (amount) add_global(all + bin, amount);
-        }
-    }
-
-    DEVICE void sum_kept(int first, int end) const {
-        const Distribution distribution = this->distribution();
-        u64 sum = 0;
-        for (int segment = first + warp_index(); segment < end; segment += WARPS) {
-            Mass own = {0, 0};
-            read_segment<Type, false, 8>(target_row(notes().state.position), nullptr, segment, in.vocabulary,
-                                      [&](int id, float value, float) {
-                                          const Mass mass = mass_of(distribution.weight(value, id));
-                                          own.high += mass.high, own.low += mass.low;
-                                      });
-            sum += joined({own.high, own.low});
-        }
-        sum = block_sum(sum);
-        if (thread_index() == 0 && sum) add_global(&record->sum, sum);
-    }
-
-    // Masses of max(p - q, 0), or of p without a certain draft, or of p; of p too where nothing is left of the residual.
-    DEVICE void sum_segments(int first, int end, bool residual) const {
-        const State& state = notes().state;
-        const float* draft = residual && state.rejected ? draft_row(state.position) : nullptr;
-        draft ? sum_segments_of<true>(first, end, draft, -1) : sum_segments_of<false>(first, end, nullptr, excluded(residual));
-    }
-    // The certain draft that was rejected; -1: none.
-    DEVICE int excluded(bool residual) const {
-        const State& state = notes().state;
-        return residual && state.rejected && !in.draft ? static_cast<int>(load_constant<long long>(draft_ids() + state.position)) : -1;
-    }
-    template <bool DRAFT>
-    DEVICE void sum_segments_of(int first, int end, const float* draft, int excluded) const {
-        const Distribution distribution = this->distribution();
-        const char* target = target_row(notes().state.position);
-        bool good = true;
-        for (int segment = first + warp_index(); segment < end; segment += WARPS) {
-            Mass own = {0, 0};
-            read_segment<Type, DRAFT, FILTERED ? 8 : 16>(target, draft, segment, in.vocabulary, [&](int id, float value, float q) {
-                const float p = distribution.probability(value, id), rest = DRAFT ? subtract(p, q) : p;
-                good &= is_probability(p) && (!DRAFT || is_probability(q));
-                const Mass mass = mass_of(rest > 0.0f ? rest : 0.0f);
-                own.high += mass.high, own.low += mass.low;
-            });
-            Mass all = {warp_sum(own.high), warp_sum(own.low)};
-            u64 mass = joined(all);
-            if (!DRAFT && excluded >= 0 && excluded / SEGMENT == segment) {
-                mass -= joined(mass_of(distribution.probability(Type::load(target, excluded), excluded)));
-            }
-            if (lane_index() == 0) store_published(masses + segment, mass);
-        }
-        if (warp_ballot(!good) && lane_index() == 0) store_published(&record->damaged, 1u);
-    }
-
     // The last block of a stage, all its threads.
     DEVICE void end_stage(u32 stage) const {
         if (stage == TOP_K || stage == TOP_P) {
@@ -329,7 +160,7 @@ class Sampler {
         state.factor = 1.0f;
         state.least_score = state.least_weight = 0;
         if (settings.greedy) {
-            state.least_score = rank_of(distribution().score(value), id);
+            state.least_score = rank_of(own.distribution().score(value), id);
             return decide();
         }
         if (settings.top_k < static_cast<u32>(in.vocabulary)) return begin_search(TOP_K);
@@ -351,7 +182,7 @@ class Sampler {
     DEVICE void choose_digit(u32 stage) const {
         constexpr int EACH = BINS / THREADS;
         State& state = notes().state;
-        u64* const mine = in.bins + static_cast<long long>(sequence) * BINS + (BINS - EACH * (thread_index() + 1));
+        u64* const mine = in.bins + static_cast<long long>(own.index) * BINS + (BINS - EACH * (thread_index() + 1));
         u64 amounts[EACH], sum = 0, total;
 #pragma unroll
         for (int i = 0; i < EACH; ++i) {
@@ -370,9 +201,10 @@ class Sampler {
 #pragma unroll
         for (int i = 0; i < EACH; ++i) {
             const u64 behind = before + amounts[i];
-            const bool here = stage == TOP_K ? before < wanted && behind >= wanted
-                                             : static_cast<double>(before) < limit && !(static_cast<double>(behind) < limit);
-            if (here) end_digit(stage, BINS - 1 - (EACH * thread_index() + i), before, amounts[i], limit);
+            const bool is_kth = before < wanted && behind >= wanted;
+            const bool reaches = static_cast<double>(before) < limit && !(static_cast<double>(behind) < limit);
+            const int bin = BINS - 1 - (EACH * thread_index() + i);
+            if (stage == TOP_K ? is_kth : reaches) end_digit(stage, bin, before, amounts[i], limit);
             before = behind;
         }
     }
@@ -413,11 +245,11 @@ class Sampler {
         const int position = state.position;
         state.stage = DRAW;
         if (position == static_cast<int>(notes().settings.length)) return;
-        const int id = static_cast<int>(load_constant<long long>(draft_ids() + position));
-        const float p = distribution().probability(Type::load(target_row(position), id), id);
-        const float q = draft_probability(position, id);
+        const int id = static_cast<int>(load_constant<long long>(own.draft_ids() + position));
+        const float p = own.distribution().probability(Type::load(own.target_row(position), id), id);
+        const float q = own.draft_probability(position, id);
         if (!is_probability(p) || !is_probability(q)) return refuse();
-        if (multiply(load_constant<float>(uniforms() + position), q) < p) {
+        if (multiply(load_constant<float>(own.uniforms() + position), q) < p) {
             state.stage = PEAK, state.position = position + 1;
         } else {
             state.rejected = 1;
@@ -434,7 +266,7 @@ class Sampler {
             id = draw(true);
             if (id < 0 && state.rejected) {  // nothing is left of the residual: rounding
                 barrier();
-                sum_segments(0, segments, false);
+                own.sum_segments(0, own.segments, false);
                 barrier();
                 id = draw(false);
             }
@@ -446,19 +278,19 @@ class Sampler {
         if (thread_index() < static_cast<int>(sizeof(Record) / sizeof(u32))) store_published(words + thread_index(), 0u);
     }
 
-    // The first id at which the running sum of masses exceeds u · total; -1 where there is no mass.
+    // The first id at which the running sum of own.masses exceeds u · total; -1 where there is no mass.
     DEVICE int draw(bool residual) const {
-        const int each = (segments + THREADS - 1) / THREADS, first = each * thread_index();
-        const int end = first + each < segments ? first + each : segments;
+        const int each = (own.segments + THREADS - 1) / THREADS, first = each * thread_index();
+        const int end = first + each < own.segments ? first + each : own.segments;
         u64 sum = 0, total;
-        for (int segment = first; segment < end; ++segment) sum += load_published(masses + segment);
+        for (int segment = first; segment < end; ++segment) sum += load_published(own.masses + segment);
         u64 before = block_prefix(sum, total);
         if (total == 0) return -1;
-        const double uniform = load_constant<float>(uniforms() + in.drafts);
+        const double uniform = load_constant<float>(own.uniforms() + in.drafts);
         const u64 point = static_cast<u64>(static_cast<long long>(uniform * static_cast<double>(total)));
         if (before <= point && point < before + sum) {
             int segment = first;
-            for (u64 mass; before + (mass = load_published(masses + segment)) <= point; ++segment) before += mass;
+            for (u64 mass; before + (mass = load_published(own.masses + segment)) <= point; ++segment) before += mass;
             notes().segment = segment, notes().rest = point - before;
         }
         barrier();
@@ -469,40 +301,41 @@ class Sampler {
     DEVICE void find_in_segment(bool residual) const {
         constexpr int EACH = SEGMENT / THREADS;
         const State& state = notes().state;
-        const Distribution distribution = this->distribution();
-        const char* target = target_row(state.position);
-        const float* draft = residual && state.rejected ? draft_row(state.position) : nullptr;
-        const int first = static_cast<int>(notes().segment) * SEGMENT + EACH * thread_index(), without = excluded(residual);
+        const Distribution distribution = own.distribution();
+        const char* target = own.target_row(state.position);
+        const float* draft = residual && state.rejected ? own.draft_row(state.position) : nullptr;
+        const int first = static_cast<int>(notes().segment) * SEGMENT + EACH * thread_index();
+        const int without = own.excluded(residual);
         const u64 point = notes().rest;
-        u64 own[EACH], sum = 0, total;
+        u64 mine[EACH], sum = 0, total;
 #pragma unroll
         for (int i = 0; i < EACH; ++i) {
             const int id = first + i;
-            own[i] = 0;
+            mine[i] = 0;
             if (id < in.vocabulary && id != without) {
                 const float p = distribution.probability(Type::load(target, id), id);
                 const float rest = draft ? subtract(p, load_constant<float>(draft + id)) : p;
-                own[i] = joined(mass_of(rest > 0.0f ? rest : 0.0f));
+                mine[i] = joined(mass_of(rest > 0.0f ? rest : 0.0f));
             }
-            sum += own[i];
+            sum += mine[i];
         }
         u64 before = block_prefix(sum, total);
 #pragma unroll
         for (int i = 0; i < EACH; ++i) {
-            if (before <= point && point < before + own[i]) notes().id = static_cast<u32>(first + i);
-            before += own[i];
+            if (before <= point && point < before + mine[i]) notes().id = static_cast<u32>(first + i);
+            before += mine[i];
         }
     }
 
     DEVICE void write(int count, int id) const {
-        long long* const ids = in.ids + static_cast<long long>(sequence) * (in.drafts + 1);
+        long long* const ids = in.ids + static_cast<long long>(own.index) * (in.drafts + 1);
         for (int i = thread_index(); i <= in.drafts; i += THREADS) {
             long long token = -1;
-            if (i + 1 < count) token = load_constant<long long>(draft_ids() + i);
+            if (i + 1 < count) token = load_constant<long long>(own.draft_ids() + i);
             if (i + 1 == count) token = id;
             store_global<long long>(ids + i, token);
         }
-        if (thread_index() == 0) store_global<long long>(in.counts + sequence, static_cast<long long>(count));
+        if (thread_index() == 0) store_global<long long>(in.counts + own.index, static_cast<long long>(count));
     }
 };
 

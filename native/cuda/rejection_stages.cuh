@@ -31,12 +31,12 @@ enum Stage : u32 {
 // Where a sequence stands: what the next stage needs to know.
 struct State {
     u32 stage, position, faulty, digit;
-    u64 prefix;             // the digits found so far
-    u64 before;             // tokens, or mass, of higher ranks
-    double limit;           // mass to be reached
+    u64 prefix;    // the digits found so far
+    u64 before;    // tokens, or mass, of higher ranks
+    double limit;  // mass to be reached
     u64 least_score, least_weight;
     float highest, least, factor;
-    u32 rejected;           // whether position is that of a rejected draft
+    u32 rejected;  // whether position is that of a rejected draft
 };
 constexpr int STATE_WORDS = sizeof(State) / sizeof(u32);
 static_assert(sizeof(State) % sizeof(u32) == 0 && STATE_WORDS <= LANES, "a warp copies it");
@@ -63,7 +63,7 @@ struct Notes {
     u64 totals[WARPS];
     State state;
     Settings settings;
-    u64 rest, amount;
+    u64 rest;
     u32 ticket, last, segment, id;
 };
 // Behind the notes: the two halves of 64-bit numbers, by digit.
@@ -127,7 +127,11 @@ DEVICE void add_to_bin(int bin, u64 amount) {
 
 // The ranks are looked through digit by digit from the top; the id's digits only where equal numbers straddle the edge.
 constexpr int DIGITS = 5, NUMBER_DIGITS = 3;
-DEVICE int digit_shift(int digit) { return digit < NUMBER_DIGITS ? ID_BITS + (digit == 0 ? 21 : digit == 1 ? 10 : 0) : (DIGITS - 1 - digit) * DIGIT; }
+DEVICE int digit_shift(int digit) {
+    constexpr int NUMBER_BITS = RANK_BITS - ID_BITS;
+    if (digit >= NUMBER_DIGITS) return (DIGITS - 1 - digit) * DIGIT;
+    return ID_BITS + (digit == NUMBER_DIGITS - 1 ? 0 : NUMBER_BITS - (digit + 1) * DIGIT);
+}
 DEVICE int digit_bits(int digit) { return digit == NUMBER_DIGITS - 1 ? 10 : DIGIT; }
 
 }  // namespace halfbyte

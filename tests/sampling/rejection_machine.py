@@ -20,7 +20,7 @@ from halfbyte.sampling import rejection, rejection_cuda
 
 HERE, ROOT = Path(__file__).parent, Path(__file__).parents[2]
 CUDA = ROOT / "native/cuda"
-FLAGS = ["-std=c++17", "-O2", "-fPIC", "-shared", "-ffp-contract=off", "-U_FORTIFY_SOURCE", "-Wall", "-Werror"]
+FLAGS = ["-std=c++17", "-O1", "-fPIC", "-shared", "-ffp-contract=off", "-U_FORTIFY_SOURCE", "-Wall", "-Werror"]
 TYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
 # Places in the arguments of a launch.
 IDS, COUNTS, RECORDS, BINS, MASSES = range(6, 11)

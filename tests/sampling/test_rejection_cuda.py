@@ -381,12 +381,12 @@ MUTANTS = {
         "ticket = record->open * in.blocks + block_index() % in.blocks",
     ),
     "no barrier before the bins are counted": (
-        "rejection_sampler.cuh",
+        "rejection_passes.cuh",
         "bins().high[bin] = 0;\n        barrier();",
         "bins().high[bin] = 0;",
     ),
     "no barrier behind the counts": (
-        "rejection_sampler.cuh",
+        "rejection_passes.cuh",
         "        barrier();\n        u64* const all",
         "        u64* const all",
     ),
@@ -408,10 +408,10 @@ MUTANTS = {
     "accepted where equal": ("rejection_sampler.cuh", "position), q) < p) {", "position), q) <= p) {"),
     "the last of a segment forgotten": (
         "rejection_row.cuh",
-        "if (first + i * LANES < end) use(",
-        "if (first + i * LANES + 1 < end) use(",
+        "values[i] = id < end ?",
+        "values[i] = id + 1 < end ?",
     ),
-    "the certain draft drawn again": ("rejection_sampler.cuh", "mass -= joined(", "mass -= 0 * joined("),
+    "the certain draft drawn again": ("rejection_passes.cuh", "mass -= joined(", "mass -= 0 * joined("),
     "the point in the segment before": (
         "rejection_sampler.cuh",
         "<= point; ++segment) before",
