@@ -76,7 +76,7 @@ def build(shape: Shape, device: torch.device, *, quantized: bool, kernel: str = 
     ops, reason = decoder_ops(device, DTYPE, record.head_dim, rotations.pairs)
     return TorchDecoder(
         record, layers, rotations, ops, embedding=embedding, final_norm=norm, head=head, ops_reason=reason,
-        kernels={}, nbytes=nbytes + head.nbytes + embedding.nbytes, step_bytes=nbytes + head.nbytes,
+        kernels={}, parts={"packed": nbytes, "half": 0, "norms": 0, "head": head.nbytes, "embedding": embedding.nbytes},
     )  # fmt: skip
 
 

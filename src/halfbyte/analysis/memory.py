@@ -111,11 +111,14 @@ def memory_map(model: str | Path, *, run_time: bool = True, progress: bool = Tru
     if run_time:
         from halfbyte.runtime.decoder import NativeDecoder
         from halfbyte.runtime.loading import load_model
+        from halfbyte.runtime.torch_decoder import TorchDecoder
 
         loaded = load_model(folder).engine
         engine = loaded.name
         if isinstance(loaded, NativeDecoder):
             held, head_bits, cache = files.held_by_decoder(loaded), loaded.head_bits, loaded.cache_bytes(1)
+        elif isinstance(loaded, TorchDecoder):
+            held = files.held_by_torch_decoder(loaded)
         else:
             held = files.held_by_transformers(loaded)
     entries = tuple(
@@ -200,6 +203,11 @@ class _Files:
         # Vectors of fp32, which the decoder does not count among its weights.
         held[SMALL] = 4 * self.weights[SMALL]
         return held
+
+    def held_by_torch_decoder(self, decoder: Any) -> Counter[str]:
+        """Bytes of each kind in the decoder of a GPU."""
+        kinds = {"packed": QUANTIZED, "half": HALVES, "head": HEAD, "embedding": EMBEDDING, "norms": SMALL}
+        return Counter({kind: decoder.parts[part] for part, kind in kinds.items()})
 
     def held_by_transformers(self, engine: Any) -> Counter[str]:
         """Bytes of each kind in a transformers module."""

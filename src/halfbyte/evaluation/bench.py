@@ -316,8 +316,8 @@ def native_decoder(model: Model) -> NativeDecoder:
     """
     if not isinstance(model.engine, NativeDecoder):
         raise UnsupportedError(
-            f"{model.folder}: bench measures the fused decoder, which does not run it: {model.not_fused}; "
-            "use `halfbyte eval`"
+            f"{model.folder}: bench measures the CPU's fused decoder, which does not run it: "
+            f"{model.not_fused or f'it is on {model.device}'}; use `halfbyte eval`"
         )
     return model.engine
 

@@ -27,7 +27,8 @@ from halfbyte.runtime.torch_cache import POSITIONS, TorchCache, reach_of
 
 # Tokens of a prompt that go through the layers together.
 CHUNK = 1024
-# Steps of up to so many tokens of a sequence are captured; each power of two has graphs of its own.
+# Steps of up to so many tokens of a sequence are captured, but not those that begin one; each power of two has graphs
+# of its own.
 CAPTURED_TOKENS = 64
 
 Product = Callable[[torch.Tensor], torch.Tensor]
@@ -67,8 +68,8 @@ class TorchDecoder:
         ops: what computes between products.
         ops_reason: why these are torch's; None where they are CUDA kernels.
         kernels: name of a kernel → quantized linears it runs.
-        nbytes: of the weights, tied ones once.
-        step_bytes: of the weights a step reads.
+        parts: bytes of the weights: "packed" and "half" of linears with their biases, "norms", "embedding", "head" (0
+            where it is the embedding).
         max_tokens: most tokens a session may have; None for any number.
     """
 
@@ -86,11 +87,10 @@ class TorchDecoder:
         head: Product,
         ops_reason: str | None,
         kernels: dict[str, int],
-        nbytes: int,
-        step_bytes: int,
+        parts: dict[str, int],
     ):
         self.record, self.ops, self.ops_reason = record, ops, ops_reason
-        self.kernels, self.nbytes, self.step_bytes = kernels, nbytes, step_bytes
+        self.kernels, self.parts = kernels, parts
         self._layers, self._rotations = list(layers), rotations
         self._embedding, self._final_norm, self._head = embedding, final_norm, head
         self.device, self.dtype = embedding.device, embedding.dtype
@@ -106,6 +106,17 @@ class TorchDecoder:
         """Token ids it has logits for."""
         return self.record.vocabulary
 
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the weights, tied ones once."""
+        return sum(self.parts.values())
+
+    @property
+    def step_bytes(self) -> int:
+        """Bytes of weights one step reads, the cache not counted."""
+        parts = self.parts
+        return parts["packed"] + parts["half"] + parts["norms"] + (parts["head"] or parts["embedding"])
+
     def with_layers(self, numbers: Sequence[int]) -> TorchDecoder:
         """The same model with some of its layers only, over the same weights; a draft of itself.
 
@@ -116,8 +127,8 @@ class TorchDecoder:
         skipping.record = self.record.with_layers(numbers)
         skipping._layers = [self._layers[number] for number in numbers]
         skipping._idle = None
-        head_bytes = self._embedding.nbytes
-        skipping.step_bytes = head_bytes + (self.step_bytes - head_bytes) * len(numbers) // self.record.layers
+        kept = {part: self.parts[part] * len(numbers) // self.record.layers for part in ("packed", "half", "norms")}
+        skipping.parts = self.parts | kept
         return skipping
 
     @torch.inference_mode()
@@ -193,7 +204,8 @@ class TorchDecoder:
             raise ConfigError(f"logits: expected last, all or none, got {logits!r}")
         check_tokens(tokens, cache, self.vocabulary)
         longest = max(map(len, tokens))
-        if longest <= CAPTURED_TOKENS:
+        begun = all(length for length, new in zip(cache.lengths, tokens, strict=True) if new)
+        if begun and longest <= CAPTURED_TOKENS:
             found = self._captured_step(cache, tokens, longest, logits)
         else:
             found = self._prompts(cache, tokens, logits)

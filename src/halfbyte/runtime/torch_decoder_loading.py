@@ -88,29 +88,26 @@ class _Loader:
         self._dtype = dtype or embedding.dtype
         self._embedding = embedding.to(device, self._dtype)
         self._kernels: Counter[str] = Counter()
-        self._nbytes = 0
+        self._parts = {"packed": 0, "half": 0, "norms": 0, "head": 0, "embedding": self._embedding.nbytes}
 
     def load(self) -> TorchDecoder:
         record = self._record
         rotations = Rotations(self._skeleton.model.rotary_emb, ("",))
         ops, reason = decoder_ops(self._device, self._dtype, record.head_dim, rotations.pairs)
         layers = [self._layer(f"model.layers.{index}") for index in range(record.layers)]
-        final_norm = self._norm("model.norm")
-        layer_bytes = self._nbytes
         tied = self._skeleton.lm_head.weight is self._skeleton.model.embed_tokens.weight
-        head = _HalfLinear(self._embedding, None) if tied else self._product(["lm_head"])
+        head = _HalfLinear(self._embedding, None) if tied else self._half(["lm_head"], "head")
         return TorchDecoder(
             record,
             layers,
             rotations,
             ops,
             embedding=self._embedding,
-            final_norm=final_norm,
+            final_norm=self._norm("model.norm"),
             head=head,
             ops_reason=reason,
             kernels=dict(self._kernels),
-            nbytes=self._nbytes + self._embedding.nbytes,
-            step_bytes=layer_bytes + (self._embedding.nbytes if tied else self._nbytes - layer_bytes),
+            parts=self._parts,
         )
 
     def _layer(self, prefix: str) -> TorchLayer:
@@ -131,7 +128,7 @@ class _Loader:
 
     def _norm(self, module: str) -> Norm:
         weight = self._tensors.read(f"{module}.weight").to(self._device, self._dtype)
-        self._nbytes += weight.nbytes
+        self._parts["norms"] += weight.nbytes
         offset = self._record.family.norm_offset
         # transformers' two dialects: Gemma's stores the weight less 1 and rounds once, the others' round before it too.
         return Norm(weight, self._record.epsilon, float(offset), round_first=not offset)
@@ -153,20 +150,20 @@ class _Loader:
     def _quantized(self, weight: QuantizedTensor, count: int) -> Product:
         kernel, linear = prepare(weight, backend=self._kernel, device=self._device)
         self._kernels[kernel.name] += count
-        self._nbytes += linear.nbytes
+        self._parts["packed"] += linear.nbytes
         # A kernel that pads its rows returns a view of them.
         return lambda x: linear(x).contiguous()
 
-    def _half(self, modules: list[str]) -> Product:
+    def _half(self, modules: list[str], part: str = "half") -> Product:
         weights = [self._tensors.half(f"{module}.weight").to(self._device, self._dtype) for module in modules]
         biases = [self._tensors.bias(module) for module in modules]
         bias = None
         if any(one is not None for one in biases):
             parts = [w.new_zeros(len(w)) if b is None else b.to(w) for w, b in zip(weights, biases, strict=True)]
             bias = torch.cat(parts)
-        linear = _HalfLinear(torch.cat(weights), bias)
-        self._nbytes += linear.nbytes
-        return linear
+        weight = torch.cat(weights)
+        self._parts[part] += weight.nbytes + (0 if bias is None else bias.nbytes)
+        return _HalfLinear(weight, bias)
 
 
 class _HalfLinear:
@@ -174,7 +171,6 @@ class _HalfLinear:
 
     def __init__(self, weight: torch.Tensor, bias: torch.Tensor | None):
         self._weight, self._bias = weight, bias
-        self.nbytes = weight.nbytes + (0 if bias is None else bias.nbytes)
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
         return functional.linear(x, self._weight, self._bias)
