@@ -59,7 +59,7 @@ def gguf_folder(
     tensors = GgufFile(path).tensors
     with writes_explained(target):
         target.parent.mkdir(parents=True, exist_ok=True)
-    ensure_space(target, sum(info.nbytes * 3 // 2 if pack else 2 * info.elements for info in tensors.values()))
+    ensure_space(target, sum(info.nbytes * 5 // 2 if pack else 2 * info.elements for info in tensors.values()))
     if progress:
         print(f"halfbyte: reading {path.name} as {form}, once; kept in {target}", file=sys.stderr)
     with (
