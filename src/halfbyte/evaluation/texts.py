@@ -12,6 +12,7 @@ NAME:CONFIG:SPLIT:FIELD any other data set, see quantization/calibration_dataset
 from __future__ import annotations
 
 import hashlib
+import io
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from itertools import islice
@@ -109,7 +110,7 @@ def _published_rows(name: str, path: str | Path | None) -> Iterable[str]:
     if path is None or _is_rows(spelling):
         rows: Iterable[str] = _rows(spelling, None if path else name)
     else:
-        rows = (f"{line}\n" for line in _plain_text(spelling).removesuffix("\n").split("\n"))
+        rows = io.StringIO(_plain_text(spelling), newline="\n")
     if name == "wikitext2":  # a line a row, with its end; of a blank one nothing is left
         rows = (row if row.strip() else "" for row in rows)
     else:
