@@ -1,6 +1,8 @@
 # The verbs of the repository. Each sets up what it needs in .venv; nothing outside this folder is touched but the caches.
 PYTHON ?= python3
 VENV ?= .venv
+# Other makers and readers of 4-bit checkpoints, and what they pin.
+INTEROP ?= .venv-interop
 # torch comes first, so that pip takes the build chosen here. A CUDA build: make demo TORCH=torch
 TORCH ?= torch==2.13.0
 
@@ -8,11 +10,12 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 NATIVE := CMakeLists.txt pyproject.toml $(shell find native -type f)
 
-.PHONY: help demo test test-slow test-docs docs lint bench cuda-check clean
+.PHONY: help demo test test-slow test-interop test-docs docs lint bench cuda-check clean
 help:
 	@echo "make demo        install, quantize the sample model to 4 bits, compare it with the original"
 	@echo "make test        every test not marked slow, gpu or interop"
 	@echo "make test-slow   the tests that take minutes: kills at random moments, a Ray cluster, fuzzing"
+	@echo "make test-interop  checkpoints to and from gptqmodel, compressed-tensors, llm-compressor, llama.cpp; installs them"
 	@echo "make docs        the site of docs/ in build/site"
 	@echo "make test-docs   run every command of docs/ that needs no GPU, no hub and no installation"
 	@echo "make lint        ruff, mypy --strict, import contracts"
@@ -45,6 +48,20 @@ test-slow: $(VENV)/.dev
 	-$(PIP) install --quiet atheris
 	$(BIN)/python -m pytest -m "slow and not gpu and not interop"
 
+$(INTEROP)/.torch:
+	$(PYTHON) -m venv $(INTEROP)
+	$(INTEROP)/bin/python -m pip --disable-pip-version-check install --progress-bar on "$(TORCH)"
+	@touch $@
+
+# Naming torch again keeps pip from replacing it. A build folder of its own, so that .venv's is not for another Python.
+$(INTEROP)/.peers: $(INTEROP)/.torch $(NATIVE)
+	$(INTEROP)/bin/python -m pip --disable-pip-version-check install --progress-bar on "$(TORCH)" \
+		--config-settings=build-dir=build/interop --editable ".[interop]"
+	@touch $@
+
+test-interop: $(INTEROP)/.peers
+	$(INTEROP)/bin/python -m pytest -m interop tests/interop
+
 $(VENV)/.docs: $(VENV)/.halfbyte
 	$(PIP) install --progress-bar on --editable ".[docs]"
 	@touch $@
@@ -74,4 +91,4 @@ bench: $(VENV)/.halfbyte
 	$(BIN)/python benchmarks/kernels.py
 
 clean:
-	rm -rf $(VENV) build demo-output .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache
+	rm -rf $(VENV) $(INTEROP) build demo-output .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache
