@@ -79,7 +79,10 @@ inline u32 load_acquire(const u32* from) {
     machine::yield(machine::State::READY);
     return load_constant<u32>(from);
 }
-inline void store_release(u32* to, u32 value) { store_global(to, value); }
+inline void store_release(u32* to, u32 value) {
+    store_global(to, value);
+    machine::yield(machine::State::READY);
+}
 
 inline u32 and_or(u32 word, u32 mask, u32 bits) { return (word & mask) | bits; }
 inline u32 twice_low(u32 word) { return (word & 0xFFFF) | word << 16; }
