@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from halfbyte.errors import HalfbyteError
     from halfbyte.evaluation.compare import compare
     from halfbyte.evaluation.comparison import Comparison
+    from halfbyte.evaluation.harness import evaluate_tasks
     from halfbyte.evaluation.perplexity import perplexity
     from halfbyte.evaluation.profile import profile
     from halfbyte.evaluation.profile_result import Profile
@@ -60,6 +61,7 @@ _HOMES = {
     "build_report": "halfbyte.report.build",
     "compare": "halfbyte.evaluation.compare",
     "convert": "halfbyte.conversion.convert",
+    "evaluate_tasks": "halfbyte.evaluation.harness",
     "export_gguf": "halfbyte.conversion.gguf_file",
     "load": "halfbyte.generation.model",
     "model_card": "halfbyte.publishing.card",
@@ -93,6 +95,7 @@ __all__ = [
     "build_report",
     "compare",
     "convert",
+    "evaluate_tasks",
     "export_gguf",
     "load",
     "model_card",

@@ -128,6 +128,17 @@ def test_arguments_of_other_classes_are_refused(ours: Any, folder: Path) -> None
         type(ours)(str(folder), batch_size=0)
 
 
+def test_the_device_that_the_command_line_defaults_to_is_no_demand(
+    ours: Any, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    asked = f"pretrained={folder},backend=transformers"
+    found = type(ours).create_from_arg_string(asked, {"device": "cuda:0", "batch_size": "auto"})
+    assert str(found.device) == "cpu"
+    with pytest.raises(ConfigError, match="device cuda:1"):
+        type(ours).create_from_arg_string(asked, {"device": "cuda:1"})
+
+
 def write_task(folder: Path, name: str, rows: list[dict[str, Any]], **settings: Any) -> None:
     (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     task = {

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import jinja2
+import torch
 from lm_eval.api.model import TemplateLM
 from lm_eval.api.registry import register_model
 from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
@@ -29,6 +30,8 @@ from halfbyte.sampling.sampler import Sampler, sequence_generator
 logger = logging.getLogger(__name__)
 
 AUTO_BATCH = 8
+# What lm-eval's command line says where nobody did; without a GPU it means nothing.
+DEFAULT_DEVICE = "cuda:0"
 MAX_GEN_TOKS = 256
 # Most specific first, as the harness itself looks for them.
 LENGTH_NAMES = ("max_gen_toks", "max_new_tokens", "max_tokens", "max_completion_tokens")
@@ -257,7 +260,10 @@ def _load(pretrained: str | Path, loading: Mapping[str, Any]) -> Model:
     known = ("device", "backend", "compute", "head_bits", "cache", "threads")
     if unknown := [name for name in loading if name not in known]:
         raise ConfigError(f"model_args {', '.join(unknown)}: not known; expected some of {', '.join(known)}")
-    return load(pretrained, **loading)
+    settings = dict(loading)
+    if settings.get("device") == DEFAULT_DEVICE and not torch.cuda.is_available():
+        settings["device"] = "auto"
+    return load(pretrained, **settings)
 
 
 def _generation_settings(asked: Mapping[str, Any], default: int) -> tuple[tuple[str, ...], int, SamplingParameters]:
