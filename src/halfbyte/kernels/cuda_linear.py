@@ -69,7 +69,9 @@ class CudaLinear:
         """x [M, in] → [M, K], as the kernel reads it."""
         if self._order is not None:
             x = x.index_select(1, self._order)
-        x = torch.nn.functional.pad(x, (0, self._weight.columns - self._in)).contiguous()
+        if self._weight.columns != self._in:  # padding by nothing would be a copy
+            x = torch.nn.functional.pad(x, (0, self._weight.columns - self._in))
+        x = x.contiguous()
         return x if x.data_ptr() % _ALIGNMENT == 0 else x.clone()
 
     def _multiply(self, x: torch.Tensor) -> torch.Tensor:
