@@ -3,11 +3,20 @@
 from __future__ import annotations
 
 from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
 
 import halfbyte
 from halfbyte import QuantConfig
 from halfbyte.analysis.memory import EMBEDDING, HALVES, HEAD, QUANTIZED, SMALL, memory_map
+from halfbyte.architectures.records import decoder_record
+from halfbyte.architectures.skeleton import build_skeleton
 from halfbyte.checkpoints.reader import Checkpoint
+from halfbyte.formats.layouts import read_layout
+from halfbyte.runtime import loading
+from halfbyte.runtime.torch_decoder_loading import load_torch_decoder
 from tests.conftest import TEXT, make_llama
 
 # Two layers of 64 × 64 (q, o), 32 × 64 (k, v) and three of 96 × 64.
@@ -37,6 +46,24 @@ def test_what_is_held_is_what_the_engine_says(quantized_llama: Path) -> None:
     assert entries[HEAD].run_time_bytes == decoder.matrices["lm_head"].nbytes  # type: ignore[attr-defined]
     assert entries[HEAD].disk_bytes == 0
     assert found.cache_bytes_per_token == 2 * 2 * 32 * 2  # layers × keys and values × channels × fp16
+
+
+def test_the_decoder_of_a_gpu(quantized_llama: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With the decoder itself on the CPU."""
+    checkpoint, network = Checkpoint.open(quantized_llama), build_skeleton(str(quantized_llama), torch.bfloat16)
+    record = decoder_record(network.config)
+    assert not isinstance(record, str)
+    layout = read_layout(checkpoint.config)
+    decoder = load_torch_decoder(network, checkpoint, record, layout, torch.device("cpu"), kernel="native")
+    monkeypatch.setattr(loading, "load_model", lambda _: SimpleNamespace(engine=decoder))
+    found = memory_map(quantized_llama, progress=False)
+    entries = {entry.kind: entry for entry in found.entries}
+    assert (found.engine, found.head_bits) == ("decoder", 16)
+    assert found.total.run_time_bytes == decoder.nbytes
+    assert 0.5 * LINEARS < entries[QUANTIZED].run_time_bytes < LINEARS
+    assert entries[EMBEDDING].run_time_bytes == 320 * 64 * 2
+    assert entries[SMALL].run_time_bytes == NORMS * 2
+    assert found.cache_bytes_per_token == 2 * 2 * 32 * 2
 
 
 def test_an_unquantized_model_whose_head_is_its_own(tmp_path: Path) -> None:

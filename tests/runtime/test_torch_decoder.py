@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -53,6 +54,15 @@ def decoder_of(folder: Path, *, dtype: torch.dtype | None = FP32, kernel: str = 
 
 def random_ids(count: int, seed: int = 1) -> torch.Tensor:
     return torch.randint(320, (count,), generator=torch.Generator().manual_seed(seed))
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _one_thread() -> Iterator[None]:
+    """Of operations as small as these a second thread is only in the way."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
 
 
 @pytest.fixture(scope="module", params=TAKEN)

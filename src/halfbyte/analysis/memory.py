@@ -118,7 +118,7 @@ def memory_map(model: str | Path, *, run_time: bool = True, progress: bool = Tru
         if isinstance(loaded, NativeDecoder):
             held, head_bits, cache = files.held_by_decoder(loaded), loaded.head_bits, loaded.cache_bytes(1)
         elif isinstance(loaded, TorchDecoder):
-            held = files.held_by_torch_decoder(loaded)
+            held, head_bits, cache = files.held_by_torch_decoder(loaded), 16, loaded.cache_bytes(1)
         else:
             held = files.held_by_transformers(loaded)
     entries = tuple(

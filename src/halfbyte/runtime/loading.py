@@ -91,7 +91,8 @@ def load_model(
         device: "auto", "cpu", "cuda" or "cuda:N".
         backend: "decoder" (fused on the CPU, a CUDA graph a step on a GPU), "transformers", the name of a linear kernel
             inside transformers, or "auto": the decoder where it knows the architecture.
-        compute: in the decoder on the CPU, activations that meet codes are in 8 bits ("a8") or in fp32 ("a16"); "auto" for a8.
+        compute: in the decoder on the CPU, activations that meet codes are in 8 bits ("a8") or in fp32 ("a16"); "auto"
+            for a8.
         head_bits: of the output head in that decoder: 16, 8, 6 or 4; "auto" for 8 if the model is quantized, else 16.
         cache: in that decoder, keys and values are kept in "fp16" or "int8"; "auto" for fp16.
         fuse_layers: in transformers, linears that share an input become one product, RMSNorms one call. The decoder

@@ -117,6 +117,11 @@ class TorchDecoder:
         parts = self.parts
         return parts["packed"] + parts["half"] + parts["norms"] + (parts["head"] or parts["embedding"])
 
+    def cache_bytes(self, positions: int) -> int:
+        """Bytes of the keys and values of so many positions of a sequence."""
+        record = self.record
+        return 2 * record.layers * record.kv_heads * record.head_dim * self.dtype.itemsize * positions
+
     def with_layers(self, numbers: Sequence[int]) -> TorchDecoder:
         """The same model with some of its layers only, over the same weights; a draft of itself.
 
