@@ -3,19 +3,19 @@
 //
 //     sequence b, drafts x0 x1 x2 x3                     [K + 1][V] of p, [K][V] of q
 //
-//     p  . . . .#. . . . . . . .  x0 stands: u0 q(x0) < p(x0)      two numbers of two rows
-//     q  . . . .#. . . . . . . .
-//     p  . .#. . . . . . . . . .  x1 stands
-//     q  . .#. . . . . . . . . .
+//     p  ········#···············  x0 stands: u0 q(x0) < p(x0), two numbers of two rows
+//     q  ········#···············
+//     p  ···#····················  x1 stands
+//     q  ···#····················
 //     p  ########################  x2 is rejected: both rows whole, masses of max(p - q, 0)
 //     q  ########################
-//     p  . . . . . . . . . . . .  never read, as is all behind it
+//     p  ························  never read whole, as is all behind it
 //
-//     the rejected row:   ┌────────┬────────┬────────┬── segments of 512 tokens, a warp each
-//                         │ block 0         │ block 1         │ ...     blocks that share the sequence
-//                         └────────┴────────┴────────┴──
-//     masses        Σ of each segment, as integers: any order gives the same
-//     last block    point = u · Σ of all -> segment -> token, the first whose running sum exceeds the point
+//     the rejected row  ┌───┬───┬───┬───┬───┬───┬──    segments of 512 tokens, a warp each
+//                       │ block 0       │ block 1 ...    blocks that share the sequence
+//                       └───┴───┴───┴───┴───┴───┴──
+//     masses            Σ of each segment, as integers: any order gives the same
+//     last block        point = u · Σ of all → segment → token, the first whose running sum exceeds the point
 //
 // With logits or filters a row has to be known as a whole before one token of it is, and each row that is reached is read
 // several times, from L2 where the batch's rows fit:
@@ -27,21 +27,21 @@
 //     SUM     the mass that is left; then whether the draft stands
 //     DRAW    as above
 //
-// rejection_row.cuh says what a token weighs, rejection_stages.cuh how blocks go from stage to stage.
+// rejection_row.cuh says what a token weighs, rejection_stages.cuh how blocks go from stage to stage, rejection_passes.cuh
+// what a stage adds up, rejection_sampler.cuh what it leads to.
 //
-// Bytes. Probabilities as they are: 8 V a sequence at a rejection, 4 V where all stand, 32 bytes sectors of two numbers a
-// draft. Times 1 / bandwidth that is the floor, in microseconds at the data sheets' 4800 GB/s (H200) and 2039 (A100), all
+// Bytes. Probabilities as they are: 8 V a sequence at a rejection, 4 V where all drafts stand, and two numbers a draft.
+// The floor is that over the bandwidth; in microseconds at the data sheets' 2039 GB/s (A100) and 4800 (H200), all
 // rejected:
 //
-//     B = 1,  V = 32,000     0.26 MB     0.05     0.13     what counts here are latencies: some 5 of memory, one after
-//     B = 64, V = 128,000    65.5 MB     13.7     32.1     the other, about 0.7 each, and the launch
-//     B = 256, V = 128,000   262 MB      54.6     128.6
+//     B = 1,   V = 32,000     0.26 MB    0.13   0.05    what counts there are nine trips to memory, one after the other
+//     B = 64,  V = 128,000    65.5 MB    32     14
+//     B = 256, V = 128,000    262 MB     129    55
 //
 // With logits 4 V (fp32) or 2 V (fp16, bf16) a row that is reached, and again in every pass that L2 does not serve.
 //
-// Operations for a token of p and q: 4 to subtract, compare and check, 6 to round to an integer, 2 to add; 217 a warp for
-// 512 tokens in what nvcc makes, 277 with what a segment costs. At 4 a clock that is 59 bytes a clock and SM; memory
-// delivers about 13 to an SM of an A100 and 21 on an H200.
+// Operations. 265 instructions of a warp for 512 tokens of p and q, 4 KiB, in what nvcc makes for sm_90a. At 4 a clock
+// that is 62 bytes a clock and SM; memory delivers about 13 to an SM of an A100 and 21 on an H200.
 #include "rejection_sampler.cuh"
 
 // One variant a compilation: REJECTION_TYPE is Fp32, Fp16 or Bf16; REJECTION_FILTERED, that there are logits or settings.
