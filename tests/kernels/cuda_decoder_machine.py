@@ -46,6 +46,7 @@ class Entry:
     seed: int
 
     def launch(self, blocks: int, *arguments: Argument) -> None:
+        assert blocks >= 1
         kernel = self.name.removesuffix("_narrow")
         tensors = [one for one in arguments if one is None or isinstance(one, torch.Tensor)]
         scalars = [one for one in arguments if one is not None and not isinstance(one, torch.Tensor)]

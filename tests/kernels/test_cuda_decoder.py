@@ -17,7 +17,7 @@ from halfbyte.checkpoints.reader import Checkpoint
 from halfbyte.formats.layouts import read_layout
 from halfbyte.kernels import cuda_linear, w4a16
 from halfbyte.kernels.cuda_linear import CudaLinear
-from halfbyte.runtime import torch_decoder_loading
+from halfbyte.runtime import torch_decoder, torch_decoder_loading
 from halfbyte.runtime.torch_decoder import TorchDecoder
 
 CPU = torch.device("cpu")
@@ -58,6 +58,7 @@ def test_steps_of_a_decoder(
         torch_decoder_loading, "prepare", lambda weight, backend, device: (w4a16.CUDA, CudaLinear(weight, CPU))
     )
     monkeypatch.setattr(torch_decoder_loading, "decoder_ops", lambda *_: (decoder_machine.ops(seed=3), None))
+    monkeypatch.setattr(torch_decoder, "CHUNK", 4)
     decoder = load(folder, dtype=torch.float16)
     assert decoder.kernels == {"cuda": 2 * 7}
     ids = torch.randint(96, (2, 12), generator=torch.Generator().manual_seed(1)).tolist()

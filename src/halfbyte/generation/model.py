@@ -73,7 +73,8 @@ def load(
         backend: "decoder" (all layers in one native call on the CPU, in one CUDA graph on a GPU), "transformers", or
             which kernel runs the quantized linears inside transformers (`halfbyte backends` lists them); "auto" for
             the decoder where it knows the architecture.
-        compute: in the decoder on the CPU, activations that meet codes are in 8 bits ("a8") or in fp32 ("a16"); "auto" for a8.
+        compute: in the decoder on the CPU, activations that meet codes are in 8 bits ("a8") or in fp32 ("a16"); "auto"
+            for a8.
         head_bits: of the output head in that decoder: 16, 8, 6 or 4; "auto" for 8 if the model is quantized, else 16.
         cache: in that decoder, keys and values are kept in "fp16" or "int8"; "auto" for fp16.
         threads: this process computes with from now on, whatever model; None for `HALFBYTE_THREADS` or the physical

@@ -262,7 +262,8 @@ class TorchDecoder:
                 positions = torch.arange(length + start, end, dtype=torch.int32, device=self.device)
                 keep = {"all": len(ids), "last": int(start + len(ids) == len(new)), "none": 0}[logits]
                 sequences = slice(sequence, sequence + 1)
-                rows = self._forward(cache, sequences, ids, positions, end, keep=keep)
+                reach = reach_of(end, cache.positions) if length + start else end
+                rows = self._forward(cache, sequences, ids, positions, reach, keep=keep)
                 found.append(rows.cpu())
         return torch.cat(found)
 
@@ -310,6 +311,8 @@ class TorchDecoder:
             attended = attend_from_start(q, k, v, scale) if mask is None else attend(q, k, v, mask, scale)
             y = self._add_norm(x, layer.output(attended), layer.mlp_norm)
             branch = layer.down(ops.gated(layer.gate_up(y), record.activation))
+        if keep == 0:
+            return x.new_empty(0, record.vocabulary, dtype=torch.float32)
         if keep is not None:
             x = x[rows - keep :]
             branch = None if branch is None else branch[rows - keep :]
