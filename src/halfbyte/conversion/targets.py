@@ -91,14 +91,17 @@ def _gptq_section(traits: Traits) -> dict[str, Any]:
     )
 
 
+def _not_in_compressed_tensors(tensor: QuantizedTensor) -> str | None:
+    """The layout has a place for groups in activation order, but its library opens no such checkpoint any more."""
+    if tensor.group_index is not None:
+        return "has groups of columns that are no neighbours, which compressed-tensors opens no more since its 0.19"
+    return compressed_tensors.cannot_hold(tensor)
+
+
 def _compressed_tensors_section(traits: Traits) -> dict[str, Any]:
-    section = compressed_tensors.quantization_config(
+    return compressed_tensors.quantization_config(
         group_size=traits.group_size, ignore=traits.ignored, symmetric=traits.symmetric
     )
-    if traits.any_order:
-        # Its loader makes room for the order of columns only where it is announced.
-        section["config_groups"]["group_0"]["weights"]["actorder"] = "group"
-    return section
 
 
 # In the order in which they are suggested. Few engines open Marlin files, and llm-awq's are GEMV_FAST by other names.
@@ -106,7 +109,7 @@ TARGETS: dict[str, Target] = {
     "gemm": _awq(gemm.KEYS, gemm.cannot_hold, gemm.pack, gemm.quantization_config),
     "compressed-tensors": Target(
         compressed_tensors.KEYS,
-        compressed_tensors.cannot_hold,
+        _not_in_compressed_tensors,
         lambda tensor, name, traits: compressed_tensors.pack(tensor, name, symmetric=traits.symmetric),
         _compressed_tensors_section,
         names_kept=True,
