@@ -56,7 +56,7 @@ $(INTEROP)/.torch:
 # Naming torch again keeps pip from replacing it. A build folder of its own, so that .venv's is not for another Python.
 $(INTEROP)/.peers: $(INTEROP)/.torch $(NATIVE)
 	$(INTEROP)/bin/python -m pip --disable-pip-version-check install --progress-bar on "$(TORCH)" \
-		--config-settings=build-dir=build/interop --editable ".[interop]"
+		--config-settings=build-dir=build/interop --editable ".[interop,eval]"
 	@touch $@
 
 test-interop: $(INTEROP)/.peers
