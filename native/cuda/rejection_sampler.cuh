@@ -278,7 +278,7 @@ class Sampler {
         if (thread_index() < static_cast<int>(sizeof(Record) / sizeof(u32))) store_published(words + thread_index(), 0u);
     }
 
-    // The first id at which the running sum of own.masses exceeds u · total; -1 where there is no mass.
+    // The first id at which the running sum of masses exceeds u · total; -1 where there is no mass.
     DEVICE int draw(bool residual) const {
         const int each = (own.segments + THREADS - 1) / THREADS, first = each * thread_index();
         const int end = first + each < own.segments ? first + each : own.segments;

@@ -258,10 +258,10 @@ inline void count_conflicts(Thread** warp) {
     for (int lane = 0; lane < LANES; ++lane) warp[lane]->loads.clear();
 }
 
-// Lanes do not go in step: every fourth time only some of them get a turn.
+// Lanes do not go in step: every second time only some of them get a turn.
 inline void run_warp(Thread** warp) {
     const bool upwards = gpu->random() % 2;
-    const int turns = gpu->random() % 4 ? LANES : 1 + static_cast<int>(gpu->random() % LANES);
+    const int turns = gpu->random() % 2 ? LANES : 1 + static_cast<int>(gpu->random() % LANES);
     for (int i = 0; i < turns; ++i) {
         Thread& thread = *warp[upwards ? i : LANES - 1 - i];
         if (thread.state == State::READY) resume(thread);
