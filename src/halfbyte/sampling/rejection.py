@@ -205,7 +205,7 @@ def _settings(given: tuple[Number | None, ...], batch: int, vocabulary: int, dev
     """The four settings as one tensor, or None where none does anything."""
     if any(isinstance(value, torch.Tensor) for value in given):
         columns = [
-            torch.as_tensor(neutral if value is None else value, dtype=torch.float64, device=device)
+            _column(neutral if value is None else value, device)
             for (_, neutral, _, _), value in zip(_FILTERS, given, strict=True)
         ]
         for (name, _, expected, allowed), column in zip(_FILTERS, columns, strict=True):
@@ -219,6 +219,13 @@ def _settings(given: tuple[Number | None, ...], batch: int, vocabulary: int, dev
         values = torch.stack([column.expand(batch) for column in columns], dim=1).contiguous()
         return Settings(values, *(not one for one in idle))
     return _scalar_settings(given, vocabulary, device)
+
+
+def _column(value: Number, device: torch.device) -> torch.Tensor:
+    """As float64; a number is not copied to the device, which would be a wait, but filled in there."""
+    if isinstance(value, torch.Tensor):
+        return value.to(device, torch.float64)
+    return torch.full((), value, dtype=torch.float64, device=device)
 
 
 @lru_cache(maxsize=64)
