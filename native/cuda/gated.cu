@@ -6,7 +6,7 @@
 //     └──────────────┴──────────────┘              └──────────────┘
 //
 // Arithmetic is fp32, each result is rounded once. Bytes: 6 a number of `out`. For one token of a 7B Llama, 11008 numbers, that is
-// 66 KiB: 32 ns at the 2039 GB/s of an A100's data sheet; a launch costs more.
+// 66 KB: 32 ns at the 2039 GB/s of an A100's data sheet; a launch costs more.
 #include "float_lanes.cuh"
 
 namespace halfbyte {
