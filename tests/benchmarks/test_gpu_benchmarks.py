@@ -35,10 +35,16 @@ def test_speed_table_of_products(monkeypatch: pytest.MonkeyPatch, capsys: pytest
 
     monkeypatch.setattr(gpu_w4a16, "SPEED_ROWS", (1, 3))
     monkeypatch.setattr(gpu_w4a16, "copies_needed", lambda *_: 2)
-    cells = gpu_w4a16.measure(64, 128, CPU, torch.float16, 2, kernel="torch")
+    peers = {"one": lambda weight, dtype: lambda x: x @ weight.dequantize().to(dtype).T, "two": lambda *_: 1 / 0}
+    monkeypatch.setattr(gpu_w4a16, "PEERS", peers)
+    cells = gpu_w4a16.measure(64, 128, CPU, torch.float16, 2, kernel="torch", peers=["one", "two"])
     gpu_w4a16.print_speed(cells, 1e9, 1e12)
     assert [cell["m"] for cell in cells] == [1, 3]
-    assert capsys.readouterr().out.count("64 × 128") == 2
+    assert all(cell["peers"]["one"] > 0 for cell in cells)
+    out, error = capsys.readouterr()
+    assert out.count("64 × 128") == 2
+    assert "one µs" in out
+    assert error == "two: left out (ZeroDivisionError: division by zero)\n"
 
 
 def test_decoding_of_a_tiny_llama(capsys: pytest.CaptureFixture[str]) -> None:
