@@ -10,7 +10,7 @@ import torch
 
 from halfbyte.device.timing import Timer
 from halfbyte.device.torch_probe import device_name
-from halfbyte.runtime.step_graph import capture
+from halfbyte.runtime.step_graph import StepGraphs
 
 COPIED_BYTES = 1 << 30
 
@@ -28,7 +28,7 @@ def find_gpu(program: str) -> torch.device | None:
 
 def as_graph(run: Callable[[], torch.Tensor], device: torch.device) -> Callable[[], torch.Tensor]:
     """The same as one CUDA graph; on a CPU as it is."""
-    return capture(run, device, torch.cuda.graph_pool_handle()) if device.type == "cuda" else run
+    return StepGraphs(device).capture(run) if device.type == "cuda" else run
 
 
 def take_turns(

@@ -64,6 +64,23 @@ def test_sequences_in_a_captured_batch(tmp_path: Path) -> None:
     assert relative(rows, torch.cat([alone[0][25:28], alone[2][35:36]])) < TO_ITSELF
 
 
+def test_graphs_go_with_their_cache_alone(tmp_path: Path) -> None:
+    """cuBLAS, too, keeps memory for a captured stream: here it multiplies by all weights."""
+    decoder = on_gpu(write_model("llama", tmp_path))
+    cache = decoder.new_cache(1, 40)
+    decoder.step(cache, [[1, 2, 3]])
+    first = [decoder.step(cache, [[token]]) for token in range(4, 8)]
+    for sequences in (2, 3):  # one of the others is kept, for which the one before it goes
+        session = decoder.batch(sequences, 40)
+        session.step([[1, 2, 3]] * sequences)
+        assert session.step([[4]] * sequences).isfinite().all()
+        del session
+        torch.cuda.empty_cache()
+    cache.rollback(0, 4)
+    again = [decoder.step(cache, [[token]]) for token in range(4, 8)]
+    assert torch.equal(torch.stack(again), torch.stack(first))
+
+
 def test_some_layers_only(tmp_path: Path) -> None:
     decoder = on_gpu(write_model("qwen3", tmp_path))
     session = decoder.with_layers([0, 1]).session(20)

@@ -322,21 +322,30 @@ def test_a_step_is_captured_once_and_repeated(qwen: Path, monkeypatch: pytest.Mo
     expected = decoder.logits(torch.tensor(ids))
     captured: list[Any] = []
 
-    def capture(run: Any, device: torch.device, pool: Any) -> Any:
-        for _ in range(2):
-            run()
-        captured.append((device, pool))
-        return run
+    class StepGraphs:
+        def __init__(self, device: torch.device):
+            self.device = device
 
-    monkeypatch.setattr(torch_decoder, "capture", capture)
-    monkeypatch.setattr(torch.cuda, "graph_pool_handle", lambda: "pool")
-    cache = decoder.new_cache(1, 40)
+        def capture(self, run: Any) -> Any:
+            for _ in range(2):
+                run()
+            captured.append(self)
+            return run
+
+    monkeypatch.setattr(torch_decoder, "StepGraphs", StepGraphs)
+    cache, other = decoder.new_cache(1, 40), decoder.new_cache(1, 40)
     found = [decoder.step(cache, [ids[:1]])[0]]
+    decoder.step(other, [ids[:1]])
     decoder.device = torch.device("cuda", 0)
     found += [decoder.step(cache, [[token]])[0] for token in ids[1:]]
     assert relative(torch.stack(found), expected) < 1e-4
-    assert captured == [(torch.device("cuda", 0), "pool")]
     assert list(cache.steps) == [(1, 256)]
+    assert captured == [cache.graphs]
+    assert captured[0].device == torch.device("cuda", 0)
+    decoder.step(cache, [ids[:2]], logits="all")
+    decoder.step(other, [ids[:1]])
+    assert captured == [cache.graphs, cache.graphs, other.graphs]
+    assert cache.graphs is not other.graphs  # a cache's graphs go with it
 
 
 def test_operations_are_torchs_without_a_gpu(qwen: Path) -> None:

@@ -8,6 +8,7 @@ import torch
 
 from halfbyte.errors import ConfigError
 from halfbyte.kernels.decoder_ops import Heads
+from halfbyte.runtime.step_graph import StepGraphs
 
 # Positions are reserved in multiples of it.
 POSITIONS = 256
@@ -22,12 +23,14 @@ class TorchCache:
         heads: of each layer, with the tables of this cache's positions.
         lengths: tokens of each sequence that are in it.
         steps: tokens of a sequence, positions attended to → the step captured for these.
+        graphs: what captures them; None before the first.
     """
 
     def __init__(self, keys: torch.Tensor, values: torch.Tensor, heads: Sequence[Heads]):
         self.keys, self.values, self.heads = keys, values, list(heads)
         self.lengths = [0] * keys.shape[1]
         self.steps: dict[tuple[int, int], Callable[[], torch.Tensor]] = {}
+        self.graphs: StepGraphs | None = None
         self.buffers: dict[int, StepBuffers] = {}
 
     @property

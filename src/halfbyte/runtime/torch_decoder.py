@@ -10,7 +10,6 @@ import copy
 import weakref
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch.nn import functional
@@ -21,7 +20,7 @@ from halfbyte.kernels.decoder_ops import DecoderOps, Heads, Norm
 from halfbyte.runtime.decoder import CACHE_LIMIT, LOGITS, DecoderBatch, DecoderSession, check_tokens
 from halfbyte.runtime.engine import Batch, Session, check_room
 from halfbyte.runtime.rotation import Rotations
-from halfbyte.runtime.step_graph import capture
+from halfbyte.runtime.step_graph import StepGraphs
 from halfbyte.runtime.torch_attention import attend, attend_from_start, attention_mask
 from halfbyte.runtime.torch_cache import POSITIONS, TorchCache, reach_of
 
@@ -96,7 +95,6 @@ class TorchDecoder:
         self.device, self.dtype = embedding.device, embedding.dtype
         self.max_tokens: int | None = None
         self._idle: TorchCache | None = None
-        self._pool: Any = None
         scale = record.embedding_scale
         # transformers keeps √hidden in the model's dtype; a multiplier from the config it does not round.
         self._embedding_scale = float(torch.tensor(scale).to(self.dtype)) if record.family.scaled_embedding else scale
@@ -233,7 +231,7 @@ class TorchDecoder:
             def eager() -> torch.Tensor:
                 return self._forward(cache, sequences, buffers.ids, buffers.positions, reach)
 
-            run = cache.steps[width, reach] = self._capture(eager)
+            run = cache.steps[width, reach] = self._capture(cache, eager)
         rows: list[int] = []
         for sequence, new in enumerate(tokens):
             end = sequence * width + len(new)
@@ -244,12 +242,12 @@ class TorchDecoder:
             found = found[torch.tensor(rows, dtype=torch.int64, device=self.device)]
         return found.cpu()
 
-    def _capture(self, run: Callable[[], torch.Tensor]) -> Callable[[], torch.Tensor]:
+    def _capture(self, cache: TorchCache, run: Callable[[], torch.Tensor]) -> Callable[[], torch.Tensor]:
         if self.device.type != "cuda":
             return run
-        if self._pool is None:
-            self._pool = torch.cuda.graph_pool_handle()
-        return capture(run, self.device, self._pool)
+        if cache.graphs is None:
+            cache.graphs = StepGraphs(self.device)
+        return cache.graphs.capture(run)
 
     def _prompts(self, cache: TorchCache, tokens: Sequence[Sequence[int]], logits: str) -> torch.Tensor:
         """One sequence after the other, a chunk at a time."""
