@@ -24,6 +24,7 @@ class Recorded:
         self.status = "success"
         self.compiled: list[Any] = []
         self.allowed: list[Any] = []
+        self.most = {("shared", "kernel", 0): 48 << 10}
         self.launches: list[Any] = []
 
 
@@ -39,7 +40,11 @@ def driver(monkeypatch: pytest.MonkeyPatch) -> Recorded:
 
     def allow(attribute: str, nbytes: int, handle: str, device: int) -> tuple[str]:
         recorded.allowed.append((attribute, nbytes, handle, device))
+        recorded.most[attribute, handle, device] = nbytes
         return (recorded.status,)
+
+    def allowed(attribute: str, handle: str, device: int) -> tuple[str, int]:
+        return "success", recorded.most[attribute, handle, device]
 
     def compile_cubin(source: str, macros: Any, arch: str) -> bytes:
         recorded.compiled.append((source, dict(macros), arch))
@@ -50,14 +55,16 @@ def driver(monkeypatch: pytest.MonkeyPatch) -> Recorded:
         Device=lambda index: SimpleNamespace(set_current=lambda: None),
         ObjectCode=SimpleNamespace(from_cubin=lambda cubin, name: SimpleNamespace(get_kernel=kernel)),
         LaunchConfig=lambda **options: options,
+        Stream=SimpleNamespace(from_handle=lambda handle: f"stream {handle}"),
         launch=lambda stream, config, kernel, *arguments: recorded.launches.append(
-            (stream.__cuda_stream__(), config, kernel.handle, arguments)
+            (stream, config, kernel.handle, arguments)
         ),
     )
     bindings.__dict__["driver"] = SimpleNamespace(
         CUfunction_attribute=SimpleNamespace(CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES="shared"),
         CUresult=SimpleNamespace(CUDA_SUCCESS="success"),
         CUdevice=int,
+        cuKernelGetAttribute=allowed,
         cuKernelSetAttribute=allow,
     )
     for name, module in {"cuda": ModuleType("cuda"), "cuda.core": core, "cuda.bindings": bindings}.items():
@@ -86,7 +93,15 @@ def test_launch_passes_addresses_scalars_and_the_stream(driver: Recorded) -> Non
     x, scalar = torch.randn(3), ctypes.c_float(0.5)
     entry.launch(7, x, None, scalar)
     config = {"grid": 7, "block": 256, "shmem_size": 50 << 10}
-    assert driver.launches == [((0, 77), config, "kernel", (x.data_ptr(), 0, scalar))]
+    assert driver.launches == [("stream 77", config, "kernel", (x.data_ptr(), 0, scalar))]
+
+
+def test_leave_for_shared_memory_is_never_taken_back(driver: Recorded) -> None:
+    """Entries of one name are one kernel of the driver's."""
+    module = CudaModule(GPU, "file.cu", {})
+    for kibibytes in (8, 64, 16, 64, 80):
+        module.entry("kernel", threads=32, shared_bytes=kibibytes << 10)
+    assert [nbytes >> 10 for _, nbytes, *_ in driver.allowed] == [64, 80]
 
 
 def test_block_that_does_not_fit_is_refused(driver: Recorded) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import functools
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -15,17 +16,6 @@ from halfbyte.kernels.cuda_build import compile_cubin
 # What the names of dtypes are in the sources: for a macro such as W4A16_TYPE.
 TYPES = {torch.float16: "Half", torch.bfloat16: "BFloat"}
 Argument = torch.Tensor | ctypes.c_int | ctypes.c_float | None
-
-
-class TorchStream:
-    """A stream of torch's, in the protocol of cuda.core."""
-
-    def __init__(self, handle: int):
-        self._handle = handle
-
-    def __cuda_stream__(self) -> tuple[int, int]:
-        """Version of the protocol, and the stream."""
-        return 0, self._handle
 
 
 @dataclass(frozen=True)
@@ -57,7 +47,7 @@ class EntryPoint:
 
         with torch.cuda.device(self.device):
             launch(
-                TorchStream(torch.cuda.current_stream().cuda_stream),
+                _stream(torch.cuda.current_stream().cuda_stream),
                 LaunchConfig(grid=blocks, block=self.threads, shmem_size=self.shared_bytes),
                 self.kernel,
                 *map(_as_scalar, arguments),
@@ -109,6 +99,14 @@ def device_index(device: torch.device) -> int:
     return torch.cuda.current_device() if device.index is None else device.index
 
 
+@functools.cache
+def _stream(handle: int) -> Any:
+    """A stream of torch's as cuda.core's."""
+    from cuda.core import Stream
+
+    return Stream.from_handle(handle)
+
+
 def _as_scalar(argument: Argument) -> Any:
     if argument is None:
         return 0
@@ -116,10 +114,14 @@ def _as_scalar(argument: Argument) -> Any:
 
 
 def _allow_shared_memory(kernel: Any, nbytes: int, device: int) -> None:
-    """Let a kernel's blocks have more than the 48 KiB that need no leave."""
+    """Let a kernel's blocks have so much; never less than before, for those that were launched with more."""
     from cuda.bindings import driver
 
     attribute = driver.CUfunction_attribute.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
-    (status,) = driver.cuKernelSetAttribute(attribute, nbytes, kernel.handle, driver.CUdevice(device))
+    where = kernel.handle, driver.CUdevice(device)
+    status, allowed = driver.cuKernelGetAttribute(attribute, *where)
+    if status == driver.CUresult.CUDA_SUCCESS and allowed >= nbytes:
+        return
+    (status,) = driver.cuKernelSetAttribute(attribute, nbytes, *where)
     if status != driver.CUresult.CUDA_SUCCESS:
         raise UnsupportedError(f"{nbytes:,} bytes of shared memory a block are refused ({status}); use backend torch")
