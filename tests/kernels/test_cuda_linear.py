@@ -1,5 +1,6 @@
 """`CudaLinear` and what chooses it. The kernels themselves run on the model of a GPU; tensors are on the CPU."""
 
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -90,6 +91,15 @@ def test_shared_memory_is_what_the_source_says(machine: Machine) -> None:
 def test_refuses_wrong_x() -> None:
     with pytest.raises(UnsupportedError, match=r"expected \[\.\.\., 64\] on cpu, got \[3, 65\]"):
         CudaLinear(random_weight(64, 64, 64), CPU)(torch.randn(3, 65).half())
+
+
+def test_refuses_x_of_another_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    linear = CudaLinear(random_weight(64, 64, 64), CPU)
+    first, second = torch.device("cuda", 0), torch.device("cuda", 1)
+    monkeypatch.setattr(linear, "_weight", SimpleNamespace(weights=SimpleNamespace(device=first)))
+    x: Any = SimpleNamespace(shape=(3, 64), device=second)
+    with pytest.raises(UnsupportedError, match=r"on cuda:0, got \[3, 64\] on cuda:1"):
+        linear(x)
 
 
 def test_memory_is_four_bits_a_weight() -> None:

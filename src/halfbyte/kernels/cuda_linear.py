@@ -38,7 +38,7 @@ class CudaLinear:
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
         """See `PreparedLinear`."""
-        if x.shape[-1] != self._in or x.device.type != self._weight.weights.device.type:
+        if x.shape[-1] != self._in or x.device != self._weight.weights.device:
             raise UnsupportedError(
                 f"cuda W4A16 linear: expected [..., {self._in}] on {self._weight.weights.device}, "
                 f"got {list(x.shape)} on {x.device}"
