@@ -22,7 +22,7 @@ from functools import partial
 from typing import Any
 
 import torch
-from gpu_common import copy_bandwidth, describe, find_gpu, take_turns
+from gpu_common import Queued, copy_bandwidth, describe, find_gpu, take_turns
 from gpu_w4a16 import random_weight
 
 from halfbyte.architectures.records import DecoderRecord, decoder_record
@@ -128,7 +128,7 @@ def measure(
         for name, decoder in decoders.items():
             whole_step(decoder, caches[name], context)
         reach = reach_of(context + 1, memory.positions)
-        graphs: dict[str, Callable[[], object]] = {name: cache.steps[1, reach] for name, cache in caches.items()}
+        graphs = {name: Queued(cache.steps[1, reach]) for name, cache in caches.items()}
         seconds = take_turns(graphs, device, rounds)
         steps: dict[str, Callable[[], object]] = {
             name: partial(whole_step, decoder, caches[name], context) for name, decoder in decoders.items()

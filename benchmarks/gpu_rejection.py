@@ -3,10 +3,11 @@
     python benchmarks/gpu_rejection.py [--rounds 50] [--memory 8]
 
 Three tables. Batches: the plain Python loop of `sampler_baseline.py` on the same GPU, `vectorized`, and the kernel, as
-calls from Python; the kernel also as a CUDA graph (with the setting of its records to zero); probabilities, four
-drafts, an acceptance of 0.7. Bandwidth: many calls on inputs of their own in one graph, so that none finds its rows in
-the L2 cache; `copy` is the share of the bandwidth that copying 1 GiB reaches in the same run, for what must be read: p
-and q at a rejection, p behind the last draft. Filters: logits, against `vectorized`. Uniform numbers are drawn before.
+calls from Python to an idle GPU; the kernel also as a CUDA graph (with the setting of its records to zero), handed over
+while the GPU is busy, so that only its work is timed; probabilities, four drafts, an acceptance of 0.7. Bandwidth: many
+calls on inputs of their own in one graph, so that none finds its rows in the L2 cache; `copy` is the share of the
+bandwidth that copying 1 GiB reaches in the same run, for what must be read: p and q at a rejection, p behind the last
+draft. Filters: logits, against `vectorized`. Uniform numbers are drawn before.
 Peers take turns; medians. The last line is JSON.
 """
 

@@ -11,6 +11,21 @@ BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
 CPU = torch.device("cpu")
 
 
+class StoppedClock:
+    """Notes when it is started."""
+
+    seconds = 1.0
+
+    def __init__(self, seen: list[str]):
+        self._seen = seen
+
+    def __enter__(self) -> None:
+        self._seen.append("clock")
+
+    def __exit__(self, *_: object) -> None:
+        pass
+
+
 @pytest.fixture(autouse=True)
 def _on_path(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.syspath_prepend(BENCHMARKS)
@@ -75,3 +90,17 @@ def test_one_line_without_a_gpu(
     assert out == ""
     assert error.startswith(f"{program}: needs an NVIDIA GPU, and torch")
     assert len(error.splitlines()) == 1
+
+
+def test_only_what_is_queued_gets_a_busy_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    import gpu_common
+
+    seen: list[str] = []
+    monkeypatch.setattr(gpu_common, "Timer", lambda device: StoppedClock(seen))
+    monkeypatch.setattr(torch.cuda, "_sleep", lambda cycles: seen.append("busy"))
+    calls = {"eager": lambda: seen.append("eager"), "queued": gpu_common.Queued(lambda: seen.append("queued"))}
+    gpu_common.take_turns(calls, torch.device("cuda", 0), 1, warmup=0)
+    assert seen == ["clock", "eager", "busy", "clock", "queued"]
+    seen.clear()
+    gpu_common.take_turns(calls, CPU, 1, warmup=0)
+    assert "busy" not in seen
