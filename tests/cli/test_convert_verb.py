@@ -46,6 +46,14 @@ def test_convert_refuses_in_one_line(converted: tuple[Path, str], tmp_path: Path
     assert list(tmp_path.iterdir()) == []
 
 
+def test_convert_names_every_layout_that_it_writes(converted: tuple[Path, str], tmp_path: Path) -> None:
+    result = run("convert", converted[0], tmp_path / "out", "--format", "ggml")
+    assert (result.returncode, result.stdout, result.stderr.count("\n")) == (2, "", 1)
+    assert result.stderr.startswith("halfbyte: --format ggml: expected gemm, ")
+    assert result.stderr.endswith(", gguf\n")
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_a_pickle_goes_the_way_that_its_refusal_names(tiny_llama: Path, tmp_path: Path) -> None:
     old = tmp_path / "old"
     shutil.copytree(tiny_llama, old)

@@ -56,7 +56,10 @@ def command(
         _write_gguf(model, output, overwrite, json)
         return
     from halfbyte import convert
+    from halfbyte.conversion.convert import FORMATS
 
+    if layout not in FORMATS:
+        raise ConfigError(f"--format {layout}: expected {', '.join(FORMATS)}, gguf")
     found = convert(
         model,
         output,
