@@ -24,7 +24,7 @@ from typing import Any
 
 import torch
 from gpu_common import as_graph, copy_bandwidth, describe, find_gpu, take_turns
-from peers.gpu_linears import PEERS, Linear
+from gpu_peers import PEERS, Linear
 
 from halfbyte.device.torch_probe import last_level_cache, matmul_peak_flops
 from halfbyte.kernels.registry import PreparedLinear
