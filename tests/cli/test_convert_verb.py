@@ -92,7 +92,8 @@ def test_verify_refuses_what_it_cannot_look_at(converted: tuple[Path, str], tmp_
     for arguments, message in (
         ([tmp_path], "has no config.json"),
         ([converted[0], "--for", "tgi"], "engine 'tgi': rules are known of vllm, sglang, transformers, autoawq"),
-        ([converted[0], "--tp", 2], "vllm or sglang"),
+        ([converted[0], "--tp", 2], "--tp 2: only with --for vllm or --for sglang"),
+        ([converted[0], "--for", "vllm", "--tp", 0], "--tp: expected at least 1, got 0"),
     ):
         result = run("verify", *arguments)
         assert (result.returncode, result.stdout, result.stderr.count("\n")) == (2, "", 1)

@@ -191,4 +191,4 @@ def test_the_verb(quantized_llama: Path, tmp_path: Path) -> None:
     assert document["blocks"] == {"Q4_1": 14}
     assert document["nbytes"] == output.stat().st_size
     result = CliRunner().invoke(app, [*arguments, "--requantize"])
-    assert "takes neither --requantize nor --from-pickle" in str(result.exception)
+    assert "takes no --requantize" in str(result.exception)

@@ -157,7 +157,8 @@ def test_the_command_line(ragged: Path, tmp_path: Path) -> None:
         "--method",
         "rtn",
     ]
-    subprocess.run([*command, "--tp-align", "2"], check=True, capture_output=True)
+    result = subprocess.run([*command, "--tp-align", "2"], check=True, capture_output=True, text=True)
+    assert "MLPs are widened with zeros from 200 to 256 channels, so that 2 GPUs can share them" in result.stdout
     assert json.loads((tmp_path / "out" / "config.json").read_text())["intermediate_size"] == 256
     with pytest.raises(HalfbyteError, match="tp_align: expected a number of GPUs"):
         QuantConfig(tp_align=-1)

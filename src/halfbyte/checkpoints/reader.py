@@ -58,7 +58,7 @@ class Checkpoint:
         elif _is_file(index):
             tensors = _read_sharded(folder, index)
         else:
-            raise CheckpointError(_no_weights(folder))
+            raise CheckpointError(no_weights(folder))
         if not tensors:
             raise CheckpointError(f"{folder}: its safetensors hold no tensor")
         return cls(folder, config, tensors)
@@ -183,7 +183,8 @@ def is_plain_name(shard: Any) -> bool:
     return isinstance(shard, str) and shard not in ("", ".", "..") and not set(shard) & set("/\\\0")
 
 
-def _no_weights(folder: Path) -> str:
+def no_weights(folder: Path) -> str:
+    """What a folder without safetensors holds instead, and what to do about it."""
     names = sorted(path.name for path in folder.iterdir())
     pickles = [name for name in names if name.endswith((".bin", ".pt", ".pth", ".ckpt"))]
     if pickles:

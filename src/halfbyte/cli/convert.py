@@ -50,13 +50,15 @@ def command(
 
     Example: halfbyte convert smollm2-4bit smollm2-gptq --format gptq
     """
+    if from_pickle and layout != "safetensors":
+        raise ConfigError("--from-pickle: goes with --format safetensors; convert to another layout what comes of that")
     if layout == "gguf":
-        if requantize or from_pickle:
-            raise ConfigError("--format gguf: takes neither --requantize nor --from-pickle")
+        if requantize:
+            raise ConfigError("--format gguf: takes no --requantize")
         _write_gguf(model, output, overwrite, json)
         return
     from halfbyte import convert
-    from halfbyte.conversion.convert import FORMATS
+    from halfbyte.conversion.targets import FORMATS
 
     if layout not in FORMATS:
         raise ConfigError(f"--format {layout}: expected {', '.join(FORMATS)}, gguf")

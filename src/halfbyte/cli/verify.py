@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from halfbyte.cli.render import JsonFlag, print_json, print_table
+from halfbyte.errors import ConfigError
 
 if TYPE_CHECKING:
     from halfbyte.conversion.verification import Verification
@@ -36,6 +37,10 @@ def command(
     """
     from halfbyte import verify
 
+    if tensor_parallel < 1:
+        raise ConfigError(f"--tp: expected at least 1, got {tensor_parallel}")
+    if tensor_parallel > 1 and not engine:
+        raise ConfigError(f"--tp {tensor_parallel}: only with --for vllm or --for sglang, which split linears")
     found = verify(model, engines=engine or (), tensor_parallel=tensor_parallel, progress=not json)
     if json:
         print_json(found.to_dict())

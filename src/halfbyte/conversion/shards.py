@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from halfbyte.checkpoints.header import TensorInfo, read_header, shown
-from halfbyte.checkpoints.reader import is_plain_name, read_json_object
+from halfbyte.checkpoints.reader import is_plain_name, no_weights, read_json_object
 from halfbyte.conversion.verification import Check
 from halfbyte.errors import CheckpointError
 
@@ -28,7 +28,7 @@ def read_files(folder: Path, check: Check) -> tuple[dict[str, TensorInfo], bool]
     elif (folder / INDEX).is_file():
         tensors, used, complete = _sharded(folder, check)
     else:
-        check.problems.append(f"{folder}: holds no {SINGLE} and no {INDEX}")
+        check.problems.append(no_weights(folder))
         return {}, False
     for name in sorted(present - used):
         check.notes.append(f"{shown(name)}: belongs to no checkpoint; loaders that take every file will read it, too")

@@ -169,6 +169,7 @@ class _Job:
         config = config.resolved(linears if widening is None else widening.per_gpu(linears))
         assert isinstance(config.group_size, int)
         config, notes = choose_format(config, matrices, widening)
+        notes += [] if widening is None else [widening.note(checkpoint.config)]
         budget = BitBudget.of(config, {name: (m.out_features, m.in_features) for name, m in matrices.items()})
         names = names_by_block(checkpoint, stored_name, len(blocks))
         return cls(

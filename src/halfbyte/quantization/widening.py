@@ -105,6 +105,14 @@ class Widening:
         if misfit is not None:
             raise ConfigError(f"{asked}: {misfit}, and heads cannot be padded")
 
+    def note(self, config: Mapping[str, Any]) -> str:
+        """What becomes of the MLPs, for people."""
+        widths = sorted({before for _, before in _width_keys(config) if self.width(before) != before})
+        if not widths:
+            return f"MLPs are as wide as {self.gpus} GPUs need; none was widened"
+        changed = ", ".join(f"from {before:,} to {self.width(before):,} channels" for before in widths)
+        return f"MLPs are widened with zeros {changed}, so that {self.gpus} GPUs can share them"
+
     def widen_config(self, config: Mapping[str, Any]) -> dict[str, Any]:
         """config.json of the wider model."""
         wider = {key: self.width(before) for key, before in _width_keys(config)}
