@@ -1,4 +1,4 @@
-"""The command line as a user meets it: whole processes, exit codes, what is printed where."""
+"""The command line as a user meets it: exit codes, what is printed where; whole processes where only they show it."""
 
 from __future__ import annotations
 
@@ -16,27 +16,15 @@ from pathlib import Path
 import pytest
 
 import halfbyte
+from tests.cli.verbs import run, run_process
 from tests.conftest import TEXT
-
-
-def run(*arguments: object, stdin: str | None = None, **environment: str) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-m", "halfbyte", *map(str, arguments)]
-    return subprocess.run(
-        command,
-        input=stdin,
-        capture_output=True,
-        text=True,
-        check=False,
-        env={**os.environ, **environment},
-        timeout=120,
-    )
 
 
 @pytest.fixture(scope="module")
 def quantized(tiny_llama: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, object]]:
     folder = tmp_path_factory.mktemp("cli")
     (folder / "text.txt").write_text(TEXT)
-    result = run(
+    result = run_process(
         "quantize", tiny_llama, "-o", folder / "out", "--calibration", folder / "text.txt",
         "--max-calib-samples", 4, "--max-calib-seq-len", 64, "--group-size", 32, "--json",
     )  # fmt: skip
@@ -76,7 +64,7 @@ def test_quantize_shows_the_bits_of_each_kind_where_they_differ(tiny_llama: Path
 
 
 def test_generate_streams_text_and_gives_json(quantized: tuple[Path, dict[str, object]]) -> None:
-    text = run("generate", quantized[0], "The", "--max-new-tokens", 8)
+    text = run_process("generate", quantized[0], "The", "--max-new-tokens", 8)
     assert text.returncode == 0, text.stderr
     document = json.loads(run("generate", quantized[0], "The", "--max-new-tokens", 8, "--json").stdout)
     assert document["text"] + "\n" == text.stdout
@@ -113,7 +101,7 @@ def test_chat_answers_every_line_of_a_pipe(chatty: Path) -> None:
     assert first["text"] == again["text"]
     assert second["prompt_tokens"] > first["prompt_tokens"] == again["prompt_tokens"]
     assert result.stderr.count("halfbyte: cut off after 6 tokens") == 3
-    plain = run(*arguments, stdin="One\n")
+    plain = run_process(*arguments, stdin="One\n")
     assert plain.stdout == first["text"] + "\n"
 
 
@@ -130,10 +118,9 @@ def test_chat_without_a_template_or_text_is_one_line(quantized: tuple[Path, dict
     assert result.returncode == 2
     assert result.stderr.count("\n") == 1
     assert "its tokenizer has no chat template, so it cannot chat" in result.stderr
-    command = [sys.executable, "-m", "halfbyte", "chat", str(chatty)]
-    binary = subprocess.run(command, input=b"\xff\n", capture_output=True, check=False, timeout=120)
+    binary = run("chat", chatty, stdin=b"\xff\n")
     assert binary.returncode == 2
-    assert binary.stderr == b"halfbyte: standard input: not UTF-8 text (byte 0); convert it first\n"
+    assert binary.stderr == "halfbyte: standard input: not UTF-8 text (byte 0); convert it first\n"
 
 
 def test_at_a_terminal_ctrl_c_stops_an_answer_and_ctrl_d_leaves(chatty: Path) -> None:
@@ -289,7 +276,7 @@ def test_the_sampler_demo_finds_every_implementation_right_and_the_wrong_one_wro
 
 
 def test_backends_says_what_is_picked_and_why() -> None:
-    document = json.loads(run("backends", "--json", HALFBYTE_ISA="portable", HALFBYTE_THREADS="1").stdout)
+    document = json.loads(run_process("backends", "--json", HALFBYTE_ISA="portable", HALFBYTE_THREADS="1").stdout)
     assert (document["tier"], document["threads"]) == ("portable", 1)
     assert [kernel["kernel"] for kernel in document["kernels"] if kernel["picked"]] == ["native"]
     assert "native" in run("backends").stdout
@@ -298,7 +285,7 @@ def test_backends_says_what_is_picked_and_why() -> None:
 def test_doctor_finds_nothing_wrong_here_and_says_what_is_elsewhere() -> None:
     document = json.loads(run("doctor", "--json").stdout)
     assert document["problems"] == []
-    result = run("doctor", HALFBYTE_ISA="mmx")
+    result = run_process("doctor", HALFBYTE_ISA="mmx")
     assert result.returncode == 2
     assert "HALFBYTE_ISA=mmx: no such tier" in result.stdout
 
@@ -309,7 +296,7 @@ def test_models_list_names_the_sample() -> None:
 
 
 def test_the_version() -> None:
-    assert run("--version").stdout == f"halfbyte {halfbyte.__version__}\n"
+    assert run_process("--version").stdout == f"halfbyte {halfbyte.__version__}\n"
 
 
 @pytest.mark.parametrize(
@@ -361,8 +348,7 @@ def test_every_verb_has_help_with_an_example(verb: str) -> None:
     ],
 )
 def test_mistakes_are_one_line_on_stderr_and_code_2(arguments: list[str], message: str, tmp_path: Path) -> None:
-    command = [sys.executable, "-m", "halfbyte", *arguments]
-    result = subprocess.run(command, capture_output=True, text=True, check=False, cwd=tmp_path)
+    result = run(*arguments, folder=tmp_path)
     assert result.returncode == 2
     assert result.stdout == ""
     assert result.stderr.startswith("halfbyte: ")
@@ -372,7 +358,7 @@ def test_mistakes_are_one_line_on_stderr_and_code_2(arguments: list[str], messag
 
 
 def test_a_forced_tier_this_cpu_lacks_is_one_line(quantized: tuple[Path, dict[str, object]]) -> None:
-    result = run("generate", quantized[0], "The", HALFBYTE_ISA="mmx")
+    result = run_process("generate", quantized[0], "The", HALFBYTE_ISA="mmx")
     assert result.returncode == 2
     assert result.stderr == (
         "halfbyte: HALFBYTE_ISA=mmx: no such tier; known are amx, avx512_vnni, avx_vnni, avx2, neon, portable\n"

@@ -10,7 +10,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from tests.cli.test_cli import run
+from tests.cli.verbs import run
 
 
 @pytest.fixture(scope="module")

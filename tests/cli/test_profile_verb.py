@@ -4,13 +4,11 @@ from __future__ import annotations
 
 import csv
 import json
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 
-from tests.cli.test_cli import run
+from tests.cli.verbs import run, run_process
 
 TINY = ["profile", "--model-dim", 512, "--rounds", 3, "--threads", 1]
 
@@ -32,7 +30,7 @@ def test_without_matplotlib_the_table_and_the_csv_still_come(tmp_path: Path) -> 
     # A module of that name that cannot be imported stands before the real one.
     (tmp_path / "path" / "matplotlib").mkdir(parents=True)
     (tmp_path / "path" / "matplotlib" / "__init__.py").write_text("raise ImportError('not here')")
-    result = run(
+    result = run_process(
         *TINY, "--batch-sizes", "1", "--layers", "--output-dir", tmp_path / "out", PYTHONPATH=str(tmp_path / "path")
     )
     assert result.returncode == 0, result.stderr
@@ -63,8 +61,7 @@ def test_help_has_an_example() -> None:
 )
 def test_mistakes_are_one_line_and_leave_nothing(arguments: list[str], message: str, tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
-    command = [sys.executable, "-m", "halfbyte", "profile", *arguments]
-    result = subprocess.run(command, capture_output=True, text=True, check=False, cwd=tmp_path)
+    result = run("profile", *arguments, folder=tmp_path)
     assert (result.returncode, result.stdout) == (2, "")
     assert message in result.stderr
     assert result.stderr.count("\n") == 1
