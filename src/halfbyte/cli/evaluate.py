@@ -68,6 +68,10 @@ def command(
     Example: halfbyte eval smollm2-4bit --data wiki.test.raw --max-windows 12
     """
     if tasks is None:
+        if skip_perplexity and skip_speed:
+            raise ConfigError(
+                "--skip-perplexity and --skip-speed: leave nothing to measure; give one of them, or --tasks"
+            )
         given = (("num_fewshot", num_fewshot), ("task_path", task_path), ("apply_chat_template", apply_chat_template))
         _refuse(given, "only with --tasks")
         _refuse((("limit", limit),) if data != LAMBADA else (), "only with --tasks or --data lambada")
