@@ -50,10 +50,9 @@ def command(
 
 
 def _choices(model: str, device: str) -> KernelChoices:
-    from halfbyte.quantization.on_the_fly import model_folder
     from halfbyte.runtime.kernel_choice import kernel_choices
 
-    return kernel_choices(model_folder(model), device)
+    return kernel_choices(model, device)
 
 
 def _verdicts(in_features: int, out_features: int, group_size: int, device: str) -> list[Verdict]:

@@ -67,7 +67,7 @@ def convert(
     folder = _pickle_folder(model) if from_pickle else model_folder(model, progress=progress)
     target = real_target(output_dir)
     check_target(target, overwrite, folder)
-    source = _open(folder, format, from_pickle)
+    source = _open(str(model), folder, format, from_pickle)
     job = _Job(str(model), source, format, requantize, progress)
     job.plan()
     ensure_space(target, source.total_bytes)
@@ -87,13 +87,14 @@ def _pickle_folder(model: str | Path) -> Path:
     return folder
 
 
-def _open(folder: Path, format: str, from_pickle: bool) -> Checkpoint | PickledCheckpoint:
+def _open(model: str, folder: Path, format: str, from_pickle: bool) -> Checkpoint | PickledCheckpoint:
     if from_pickle:
         return PickledCheckpoint(folder)
     checkpoint = Checkpoint.open(folder)
     if format != SAFETENSORS and read_layout(checkpoint.config) is None:
         raise UnsupportedError(
-            f"{folder}: is not quantized, so there are no codes to store otherwise; try: halfbyte quantize {folder}"
+            f"{model}: is not quantized, so there are no codes to store otherwise; "
+            f"try: halfbyte quantize {model} -o DIR"
         )
     return checkpoint
 

@@ -79,7 +79,7 @@ def export_gguf(model: str | Path, path: str | Path, *, overwrite: bool = False,
     path = Path(path)
     if path.is_dir() or (path.exists() and not overwrite):
         raise OutputError(f"output {path}: exists; name another file, or overwrite it (--overwrite)")
-    export = _Export(Checkpoint.open(model_folder(model, progress=progress)))
+    export = _Export(str(model), Checkpoint.open(model_folder(model, progress=progress)))
     ensure_space(path, export.nbytes)
     with replacing(path) as partial:
         export.write(partial, progress)
@@ -89,15 +89,15 @@ def export_gguf(model: str | Path, path: str | Path, *, overwrite: bool = False,
 class _Export:
     """One file on its way."""
 
-    def __init__(self, checkpoint: Checkpoint):
+    def __init__(self, model: str, checkpoint: Checkpoint):
         layout = read_layout(checkpoint.config)
         if layout is None:
-            raise UnsupportedError(f"{checkpoint.folder}: is not quantized; quantize it, or use llama.cpp's converter")
+            raise UnsupportedError(f"{model}: is not quantized; quantize it, or use llama.cpp's converter")
         self.checkpoint, self.config = checkpoint, checkpoint.config
         kind = self.config.get("model_type")
         if kind not in ARCHITECTURES:
             raise UnsupportedError(
-                f"{checkpoint.folder}: model_type {kind!r}: GGUF files are written for {', '.join(ARCHITECTURES)}"
+                f"{model}: model_type {kind!r}: GGUF files are written for {', '.join(ARCHITECTURES)}"
             )
         self.architecture, self.permutes = ARCHITECTURES[kind]
         self.quantized = QuantizedCheckpoint(checkpoint, layout)

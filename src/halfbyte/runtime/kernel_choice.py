@@ -18,6 +18,7 @@ from halfbyte.errors import ConfigError
 from halfbyte.formats.layouts import Layout, read_layout
 from halfbyte.kernels.registry import Verdict
 from halfbyte.kernels.w4a16 import verdicts
+from halfbyte.quantization.on_the_fly import model_folder
 from halfbyte.runtime.loading import quantized_linears
 from halfbyte.runtime.torch_decoder_loading import torch_decoder_refuses
 
@@ -71,23 +72,25 @@ class KernelChoices:
         return {"device": str(self.device), "not_fused": self.not_fused, "shapes": shapes}
 
 
-def kernel_choices(folder: Path, device: str = "auto") -> KernelChoices:
+def kernel_choices(model: str | Path, device: str = "auto") -> KernelChoices:
     """Ask every kernel about every kind of linear in a checkpoint.
 
     Of linears whose stored tensors agree in shape and dtype one is read.
 
     Args:
-        folder: a quantized checkpoint.
+        model: a quantized checkpoint: a folder, a GGUF file, a hub name, or MODEL@METHOD.
         device: "auto", "cpu", "cuda" or "cuda:N".
 
     Raises:
+        ModelNotFoundError: no such model.
         ConfigError: it is not quantized, or no such device.
         CheckpointError: missing, malformed or contradictory files.
     """
-    checkpoint, where = Checkpoint.open(folder), pick_device(device)
+    folder, where = model_folder(model), pick_device(device)
+    checkpoint = Checkpoint.open(folder)
     layout = read_layout(checkpoint.config)
     if layout is None:
-        raise ConfigError(f"{folder}: is not quantized, so no linear needs a kernel; halfbyte quantize {folder} -o OUT")
+        raise ConfigError(f"{model}: is not quantized, so no linear needs a kernel; halfbyte quantize {model} -o OUT")
     alike: dict[Hashable, list[str]] = {}
     for name in quantized_linears(checkpoint, layout):
         alike.setdefault(_signature(checkpoint, layout, name), []).append(name)
