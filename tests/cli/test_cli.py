@@ -110,7 +110,7 @@ def test_chat_says_when_the_context_is_full(chatty: Path) -> None:
     assert result.returncode == 2
     cut, refused = result.stderr.splitlines()
     assert cut == "halfbyte: cut off: the context of 40 tokens is full; /reset begins anew"
-    assert refused.startswith("halfbyte: context: full; ")
+    assert refused.startswith("halfbyte: the context is full: ")
 
 
 def test_chat_without_a_template_or_text_is_one_line(quantized: tuple[Path, dict[str, object]], chatty: Path) -> None:
@@ -329,7 +329,7 @@ def test_every_verb_has_help_with_an_example(verb: str) -> None:
         (["quantize", "nowhere@awq-l2", "-o", "out"], "try: halfbyte quantize nowhere -o out --method awq-l2"),
         (["quantize", "nowhere", "-o", "out", "--bits", "5"], "bits: "),
         (["quantize", "nowhere", "-o", "out", "--method", "rtn", "--propagate"], "propagate: method rtn looks at no"),
-        (["quantize", "nowhere", "-o", "out", "--bits", "3", "--target-bits", "4"], "bits: target_bits chooses"),
+        (["quantize", "nowhere", "-o", "out", "--bits", "3", "--target-bits", "4"], "--bits: --target-bits chooses"),
         (["quantize", "nowhere", "-o", "out", "--group-size", "big"], "--group-size big"),
         (["quantize", "nowhere", "-o", "out", "--duo-scaling", "maybe"], "--duo-scaling maybe"),
         (["quantize", "nowhere", "-o", "out", "--calibration", "none.txt"], "nowhere: no such folder"),

@@ -91,7 +91,7 @@ def test_verify_groups_what_is_alike_and_exits_with_1(converted: tuple[Path, str
 def test_verify_refuses_what_it_cannot_look_at(converted: tuple[Path, str], tmp_path: Path) -> None:
     for arguments, message in (
         ([tmp_path], "has no config.json"),
-        ([converted[0], "--for", "tgi"], "engine 'tgi': rules are known of vllm, sglang, transformers, autoawq"),
+        ([converted[0], "--for", "tgi"], "--for 'tgi': rules are known of vllm, sglang, transformers, autoawq"),
         ([converted[0], "--tp", 2], "--tp 2: only with --for vllm or --for sglang"),
         ([converted[0], "--for", "vllm", "--tp", 0], "--tp: expected at least 1, got 0"),
     ):

@@ -51,7 +51,7 @@ def test_help_has_an_example() -> None:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--model", "gpt-5"], "model 'gpt-5': its shape is not known; use model_dim, or one of"),
+        (["--model", "gpt-5"], "--model 'gpt-5': its shape is not known; use --model-dim, or one of"),
         (["--batch-sizes", "1", "0"], "--batch-sizes 1 0: expected whole numbers from 1 on"),
         (["--batch-sizes", "many"], "--batch-sizes many: expected whole numbers from 1 on"),
         (["llama-3-8b"], "llama-3-8b: profile takes no arguments; did you mean --batch-sizes or --model?"),

@@ -189,7 +189,7 @@ def test_a_full_context_is_refused_and_the_last_answer_cut_to_it(model: halfbyte
     assert stream.generation is not None
     assert (stream.generation.finish_reason, stream.generation.new_tokens) == ("length", 3)
     before = list(chat.messages)
-    with pytest.raises(ConfigError, match=rf"^context: full; .* within {length + 3}; begin anew"):
+    with pytest.raises(ConfigError, match=rf"^the context is full: .* within {length + 3}; begin anew"):
         chat.send("Two")
     assert chat.messages == before
     chat.reset()

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import functools
+import inspect
 import json
 import re
 import sys
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
 import typer
+from typer.models import OptionInfo
 
 from halfbyte.errors import ConfigError, HalfbyteError
 
@@ -21,8 +23,8 @@ if TYPE_CHECKING:
 JsonFlag = Annotated[bool, typer.Option("--json", help="Print one JSON document instead of a table.")]
 
 
-# Parameters that are no options.
-ARGUMENTS = ("model", "models", "prompt", "reference", "output", "lesson")
+# The library's names of parameters that the command line has under others.
+OTHER_NAMES = {"modules_to_not_convert": "skip", "format": "layout"}
 
 
 class InterruptionError(HalfbyteError):
@@ -39,15 +41,47 @@ def interruptible(command: Callable[..., None]) -> Callable[..., None]:
     def wrapped(*args: Any, **kwargs: Any) -> None:
         try:
             command(*args, **kwargs)
-        except ConfigError as error:
-            name, rest = re.match(r"(\w*)(.*)", str(error), re.DOTALL).groups()  # type: ignore[union-attr]
-            if name in ARGUMENTS or name not in kwargs or "expected" not in rest:
-                raise
-            raise ConfigError(f"--{name.replace('_', '-')}{rest}") from error
+        except HalfbyteError as error:
+            raise type(error)(name_options(str(error), command, kwargs)) from error
         except KeyboardInterrupt as error:  # with a text where something was kept
             raise InterruptionError(str(error) or "stopped by Ctrl-C; nothing unfinished was kept") from None
 
     return wrapped
+
+
+def name_options(message: str, command: Callable[..., None], given: Mapping[str, Any]) -> str:
+    """A message of the library with its parameters as the options that they are on the command line.
+
+    Args:
+        message: such as "tp_align 4: 9 attention heads cannot be split", or ending in "add modules_to_not_convert".
+        command: whose options these are.
+        given: parameter → value.
+    """
+    options = _options(command)
+    options |= {theirs: options[ours] for theirs, ours in OTHER_NAMES.items() if ours in options}
+    # The first word names an option where a colon follows, or what was given; a sentence may begin with "data", too.
+    name, rest = re.match(r"(\w*)(.*)", message, re.DOTALL).groups()  # type: ignore[union-attr]
+    value = given.get(OTHER_NAMES.get(name, name))
+    values = "|".join(re.escape(str(one)) for one in (value if isinstance(value, list) else [value]))
+    if name in options and (re.match(rf""":| ["']?({values})(?!\w)""", rest) or "expected" in rest):
+        message = options[name] + rest
+    for name, option in options.items():
+        message = re.sub(rf"""(?<![\w.,:-]){name}=["']([\w-]+)["']""", rf"{option} \1", message)
+        if "_" in name:
+            message = re.sub(rf"(?<![\w./-]){name}(?![\w/=-]|\.\w)", option, message)
+    return message
+
+
+def _options(command: Callable[..., None]) -> dict[str, str]:
+    """Parameter → option, of those that are options."""
+    found = {}
+    for name, parameter in inspect.signature(command, eval_str=True).parameters.items():
+        for one in getattr(parameter.annotation, "__metadata__", ()):
+            if isinstance(one, OptionInfo):
+                # Inside of Annotated typer has the first spelling for a default.
+                spelled = [text for text in (one.default, *(one.param_decls or ())) if isinstance(text, str)]
+                found[name] = max(spelled, default=f"--{name.replace('_', '-')}", key=len)
+    return found
 
 
 def fail(message: str) -> NoReturn:

@@ -128,8 +128,8 @@ class Chat:
         ids = self.model.encode(messages).tolist()
         if len(ids) >= self.context:
             raise ConfigError(
-                f"context: full; with this message the conversation takes {len(ids):,} tokens, which leaves no room "
-                f"for an answer within {self.context:,}; begin anew (reset)"
+                f"the context is full: with this message the conversation takes {len(ids):,} tokens, which leaves no "
+                f"room for an answer within {self.context:,}; begin anew (reset)"
             )
         answer = TextStream(self._answer(messages, ids))
         return answer if stream else "".join(answer)
