@@ -221,7 +221,9 @@ def test_bad_prompts_and_lengths_are_refused(model: halfbyte.Model) -> None:
 @pytest.mark.parametrize(
     ("settings", "kind", "message"),
     [
-        ({"backend": "marlin"}, ConfigError, "backend 'marlin': expected \"auto\" or one of cuda, native, torch"),
+        ({"backend": "exllama"}, ConfigError, "backend 'exllama': expected \"auto\" or one of cuda, native, torch"),
+        ({"backend": "marlin", "device": "cpu"}, UnsupportedError, "backend marlin: runs on cuda, not on cpu"),
+        ({"backend": "bitsandbytes"}, UnsupportedError, "backend bitsandbytes: computes in NF4"),
         ({"device": "tpu"}, ConfigError, "device 'tpu'"),
     ],
 )

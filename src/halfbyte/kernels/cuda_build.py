@@ -58,6 +58,11 @@ def compile_cubin(source: str, macros: Mapping[str, str], arch: str) -> bytes:
 
 def unavailable(device: torch.device) -> str | None:
     """Why the kernels cannot run on a device, or None if they can."""
+    return gpu_missing(device) or compiler_missing()
+
+
+def gpu_missing(device: torch.device) -> str | None:
+    """Why a device is no GPU for CUDA C++ of Ampere and later, or None if it is one."""
     if torch.version.hip is not None:
         return "written in CUDA C++, and this torch is for ROCm"
     if not torch.cuda.is_available():
@@ -69,7 +74,7 @@ def unavailable(device: torch.device) -> str | None:
             f"needs compute capability {needed} (Ampere) for cp.async and bf16; "
             f"{torch.cuda.get_device_name(device)} has {found}"
         )
-    return compiler_missing()
+    return None
 
 
 @functools.cache

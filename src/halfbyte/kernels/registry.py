@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from importlib.util import find_spec
 from typing import Protocol
 
 import torch
@@ -43,6 +44,9 @@ class Kernel:
         summary: one line for people.
         float_zeros: whether it holds floating minima as well as integer zero points.
         uneven_groups: whether the groups of columns in any order may differ in size.
+        misfit: what else it refuses of a weight, or None if nothing.
+        package: of others in which it is, not always there. Such a kernel is a peer to compare with: it runs what it is
+            asked for by name, and is never picked.
     """
 
     name: str
@@ -55,11 +59,18 @@ class Kernel:
     summary: str
     float_zeros: bool = True
     uneven_groups: bool = True
+    misfit: Callable[[QuantizedTensor], str | None] | None = None
+    package: str | None = None
 
     def refuses(self, weight: QuantizedTensor, device: torch.device) -> str | None:
         """Why this kernel cannot hold the weight, or None if it can."""
+        missing = []
         if self.device_types and device.type not in self.device_types:
-            return f"runs on {', '.join(sorted(self.device_types))}, not on {device.type}"
+            missing.append(f"runs on {', '.join(sorted(self.device_types))}, not on {device.type}")
+        if self.package is not None and find_spec(self.package) is None:
+            missing.append(f"{self.package} is not installed: pip install {self.package}")
+        if missing:
+            return "; ".join(missing)
         if weight.bits not in self.bits:
             return f"holds {', '.join(map(str, sorted(self.bits)))} bits, not {weight.bits}"
         if weight.group_size % self.group_multiple and weight.groups > 1:
@@ -68,7 +79,8 @@ class Kernel:
             return "needs integer zero points, not floating minima"
         if not self.uneven_groups and not weight.has_even_groups:
             return f"needs {weight.group_size} columns in each group"
-        return self.available(device)
+        reason = None if self.misfit is None else self.misfit(weight)
+        return reason or self.available(device)
 
 
 @dataclass(frozen=True)
@@ -94,6 +106,8 @@ def explain(weight: QuantizedTensor, device: torch.device, kernels: list[Kernel]
         best = next((verdict.kernel for verdict in verdicts if verdict.picked), None)
         if reason is not None:
             verdicts.append(Verdict(kernel, False, reason))
+        elif kernel.package is not None:
+            verdicts.append(Verdict(kernel, False, f'fits; a peer, for backend="{kernel.name}" alone'))
         elif best is not None:
             verdicts.append(Verdict(kernel, False, f"fits, but {best.name} is faster"))
         else:

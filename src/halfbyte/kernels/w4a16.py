@@ -8,6 +8,9 @@ Implementations of one contract, each of which honours every field of `Quantized
                4 bits take 4 bits, those of 5 to 8 bits a byte; columns kept in 16 bit stay in 16 bit
     torch      any device: Ŵ formed anew for each call in x's dtype, then torch's matrix product
     reference  the definition, in fp64: what the others are tested against
+    marlin     GPTQModel's Marlin (marlin_linear.py), NVIDIA GPUs: a peer to compare `cuda` with, where it is installed
+
+bitsandbytes is known by name, too, to say why it runs none of these weights.
 """
 
 from __future__ import annotations
@@ -127,6 +130,34 @@ def _cuda_available(device: torch.device) -> str | None:
     return unavailable(device)
 
 
+def _lay_out_for_marlin(weight: QuantizedTensor, device: torch.device) -> PreparedLinear:
+    from halfbyte.kernels.marlin_linear import MarlinLinear
+
+    return MarlinLinear(weight, device)
+
+
+def _why_not_marlin(weight: QuantizedTensor) -> str | None:
+    from halfbyte.kernels.marlin_linear import why_not
+
+    return why_not(weight)
+
+
+def _marlin_available(device: torch.device) -> str | None:
+    from halfbyte.kernels.cuda_build import gpu_missing
+
+    return gpu_missing(device)
+
+
+def _why_not_bitsandbytes(weight: QuantizedTensor) -> str:
+    del weight  # of whatever kind
+    return "computes in NF4, whose values integer codes are not; use halfbyte compare MODEL MODEL@nf4"
+
+
+def _refuse_for_bitsandbytes(weight: QuantizedTensor, device: torch.device) -> PreparedLinear:
+    del device
+    raise UnsupportedError(f"backend bitsandbytes: {_why_not_bitsandbytes(weight)}")
+
+
 def _native_available(device: torch.device) -> str | None:
     del device
     try:
@@ -146,6 +177,11 @@ CUDA = Kernel(
     available=_cuda_available, summary="CUDA C++ on tensor cores, codes stay packed in 4 bits",
     float_zeros=False, uneven_groups=False,
 )  # fmt: skip
+MARLIN = Kernel(
+    "marlin", _lay_out_for_marlin, frozenset({"cuda"}), frozenset({2, 3, 4}), group_multiple=32, priority=0,
+    available=_marlin_available, summary="GPTQModel's Marlin on tensor cores: a peer, the same codes",
+    float_zeros=False, uneven_groups=False, misfit=_why_not_marlin, package="gptqmodel",
+)  # fmt: skip
 KERNELS = [
     CUDA,
     Kernel(
@@ -159,6 +195,12 @@ KERNELS = [
     Kernel(
         "reference", ReferenceLinear, frozenset(), ANY_BITS, group_multiple=1, priority=0,
         available=_always_available, summary="the definition in fp64, for checking",
+    ),
+    MARLIN,
+    Kernel(
+        "bitsandbytes", _refuse_for_bitsandbytes, frozenset(), ANY_BITS, group_multiple=1, priority=0,
+        available=_always_available, summary="NF4: a peer of whole models, not of these codes",
+        misfit=_why_not_bitsandbytes,
     ),
 ]  # fmt: skip
 

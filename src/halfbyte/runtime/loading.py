@@ -17,7 +17,7 @@ from halfbyte.checkpoints.reader import Checkpoint
 from halfbyte.errors import CheckpointError, ConfigError, UnsupportedError
 from halfbyte.formats.layouts import Layout, read_layout
 from halfbyte.kernels.decoder_linear import COMPUTE_MODES
-from halfbyte.kernels.w4a16 import CUDA
+from halfbyte.kernels.w4a16 import CUDA, MARLIN
 from halfbyte.runtime.compute_dtype import prepare_for_cpu
 from halfbyte.runtime.decoder import CACHE_TYPES, NativeDecoder
 from halfbyte.runtime.decoder_loading import load_decoder
@@ -226,7 +226,8 @@ class NetworkBuilder:
     def packed_bytes(self, max_memory: MaxMemory | None) -> dict[str, int]:
         """Parameter → bytes of the codes that will stand for it."""
         on_cpu = not torch.cuda.is_available() or (max_memory is not None and set(max_memory) == {"cpu"})
-        packed = on_cpu or (self.kernel in ("auto", CUDA.name) and CUDA.available(torch.device("cuda")) is None)
+        own = self.kernel in ("auto", CUDA.name) and CUDA.available(torch.device("cuda")) is None
+        packed = on_cpu or own or self.kernel == MARLIN.name
         sizes: Counter[str] = Counter()
         for name, stored in self.places.items():
             assert self.layout is not None
