@@ -9,34 +9,16 @@ from collections.abc import Callable
 
 import torch
 
-from halfbyte.formats import gemm
+from halfbyte.kernels.w4a16 import prepare
 from halfbyte.tensor import QuantizedTensor
 
 Linear = Callable[[torch.Tensor], torch.Tensor]
 
 
 def marlin(weight: QuantizedTensor, dtype: torch.dtype) -> Linear:
-    """GPTQModel's Marlin on AutoAWQ's tensors: the very codes, scales and zero points of the weight."""
-    from gptqmodel.nn_modules.qlinear.marlin_awq import AwqMarlinLinear
-
-    device = weight.codes.device
-    packed = gemm.pack(weight.to("cpu"))
-    module = AwqMarlinLinear(
-        bits=4,
-        group_size=weight.group_size,
-        desc_act=False,
-        sym=False,
-        in_features=weight.in_features,
-        out_features=weight.out_features,
-        bias=False,
-        register_buffers=True,
-        dtype=dtype,
-    )
-    for key in ("qweight", "qzeros", "scales"):
-        getattr(module, key).data.copy_(packed[key])
-    module = module.to(device)
-    module.post_init()
-    return module  # type: ignore[no-any-return]
+    """GPTQModel's Marlin: the very codes, scales and zero points of the weight. It takes either dtype."""
+    del dtype
+    return prepare(weight, backend="marlin", device=weight.codes.device)[1]
 
 
 def nf4(weight: QuantizedTensor, dtype: torch.dtype) -> Linear:
