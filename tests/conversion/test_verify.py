@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import html
 import json
 import re
 import shutil
@@ -112,7 +113,18 @@ def test_all_problems_are_told(folder: Path) -> None:
         del tensors["model.layers.1.mlp.up_proj.scales"]
 
     change(folder, edit)
-    assert len(run(folder).problems) == 3
+    found = run(folder)
+    assert len(found.problems) == 3
+    page = found._repr_html_()
+    assert all(html.escape(problem) in page for problem in found.problems)
+    assert (found.count, page.count("3 problems")) == ("3 problems", 1)
+
+
+def test_one_problem_is_counted_as_one(folder: Path) -> None:
+    change(folder, poison(NORM, float("nan")))
+    found = run(folder)
+    assert found.count == "1 problem"
+    assert f"{folder}: 1 problem<" in found._repr_html_()
 
 
 def test_a_tensor_the_model_has_no_place_for_is_noted(folder: Path) -> None:

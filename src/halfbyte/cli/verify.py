@@ -60,8 +60,7 @@ def _print(found: Verification) -> None:
                 print(f"{kind:<9}{line}")
             if len(shown) > SHOWN:
                 print(f"{kind:<9}… and {len(shown) - SHOWN} more of {check.name}; --json has them all")
-    count = len(found.problems)
-    print(f"{count} {'problem' if count == 1 else 'problems'}")
+    print(found.count)
 
 
 def _alike(lines: list[str]) -> list[str]:

@@ -59,6 +59,11 @@ class Verification:
         """Of all checks."""
         return [note for check in self.checks for note in check.notes]
 
+    @property
+    def count(self) -> str:
+        """How many problems, in words."""
+        return f"{len(self.problems)} {'problem' if len(self.problems) == 1 else 'problems'}"
+
     def to_dict(self) -> dict[str, Any]:
         """Plain values for JSON."""
         checks = [{**asdict(check), "result": check.result} for check in self.checks]
@@ -75,6 +80,9 @@ class Verification:
         return ["check", "result", "detail"], rows
 
     def _repr_html_(self) -> str:
-        """The table for notebooks."""
-        columns, rows = self.table()
-        return html_table(columns, rows, title=f"{self.folder}: {len(self.problems)} problems")
+        """The table for notebooks, with a row of its own for each further problem: nothing else shows them there."""
+        columns, firsts = self.table()
+        rows = []
+        for check, row in zip(self.checks, firsts, strict=True):
+            rows += [row, *(["", "", problem] for problem in check.problems[1:])]
+        return html_table(columns, rows, title=f"{self.folder}: {self.count}")
