@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -74,6 +75,15 @@ def test_to_gguf_and_back_is_the_same_checkpoint(tiny_llama: Path, tmp_path: Pat
     text = "The 7th crow sat"
     assert direct.tokenizer(text)["input_ids"] == before.tokenizer(text)["input_ids"]
     assert direct.generate(text, max_new_tokens=12) == before.generate(text, max_new_tokens=12)
+
+
+def test_numbers_that_are_damaged_are_found_and_the_file_named(quantized_llama: Path, tmp_path: Path) -> None:
+    path = tmp_path / "x.gguf"
+    export_gguf(quantized_llama, path, progress=False)
+    path.write_bytes(path.read_bytes()[:-64] + b"\xff" * 64)
+    with pytest.raises(CheckpointError, match=rf"^{re.escape(str(path))}: tensor .* not finite"):
+        verify(path, progress=False)
+    assert [left.name for left in (tmp_path / "cache" / "gguf").iterdir()] == []
 
 
 def test_a_file_is_read_once_and_again_when_it_changes(quantized_llama: Path, tmp_path: Path, capsys: Any) -> None:

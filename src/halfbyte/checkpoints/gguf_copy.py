@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from halfbyte.checkpoints.cache import cache_folder
 from halfbyte.checkpoints.disk import ensure_space, writes_explained
+from halfbyte.errors import CheckpointError
 from halfbyte.progress import progress_bar
 
 if TYPE_CHECKING:
@@ -67,7 +68,10 @@ def gguf_folder(
         tempfile.TemporaryDirectory(prefix=".gguf-", dir=target.parent) as scratch,
         progress_bar(f"Reading {path.name}", len(tensors), enabled=progress, unit="tensors") as ticker,
     ):
-        expand(path, Path(scratch) / "folder", pack=pack, section=section, advance=ticker.advance)
+        try:
+            expand(path, Path(scratch) / "folder", pack=pack, section=section, advance=ticker.advance)
+        except CheckpointError as error:  # what is wrong with a tensor's numbers is found by who knows no file
+            raise CheckpointError(str(error) if str(path) in str(error) else f"{path}: {error}") from error
         try:
             (Path(scratch) / "folder").rename(target)
         except OSError:
