@@ -6,8 +6,6 @@ import json
 import re
 import shutil
 from collections import Counter
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -29,23 +27,6 @@ from tests.quantization.zoo import MIXTURES, ZOO, build, save
 
 GROUP_SIZE = 16
 IDS = torch.randint(320, (2, 24), generator=torch.Generator().manual_seed(0))
-
-
-@contextmanager
-def one_thread() -> Iterator[None]:
-    """Matrices of 64 are not worth two."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
-
-
-@pytest.fixture(autouse=True)
-def _one_thread() -> Iterator[None]:
-    with one_thread():
-        yield
 
 
 @pytest.fixture(scope="session")
@@ -140,6 +121,8 @@ def dequantized(quantized: Path, folder: Path, fused: set[str]) -> Any:
 def test_quantize_write_read_and_run(
     name: str, tmp_path: Path, tokenizer: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    # With bf16 activations a router may pick another expert; what is tested is what was written.
+    monkeypatch.setattr("halfbyte.runtime.compute_dtype.has_bf16_arithmetic", lambda: False)
     original = save(name, tmp_path / name, lambda folder: shutil.copytree(tokenizer, folder, dirs_exist_ok=True))
     results: dict[str, BlockResult] = {}
     pack = task.pack_block

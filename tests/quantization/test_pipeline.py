@@ -42,8 +42,9 @@ def test_the_checkpoint_is_autoawq_gemm(quantized_llama: Path) -> None:
     assert (quantized_llama / "tokenizer.json").is_file()
 
 
-def test_what_is_loaded_is_what_was_chosen(quantized_llama: Path) -> None:
+def test_what_is_loaded_is_what_was_chosen(quantized_llama: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Native kernels on the packed file give the logits of the dequantized weights in fp32."""
+    monkeypatch.setattr("halfbyte.runtime.compute_dtype.has_bf16_arithmetic", lambda: False)
     from transformers import LlamaConfig, LlamaForCausalLM
 
     checkpoint = Checkpoint.open(quantized_llama)
