@@ -97,8 +97,8 @@ def compiler_version() -> str:
     major = (torch.version.cuda or "13").partition(".")[0]
     install = f'install them with: pip install "halfbyte[gpu-cu{major}]"'
     try:
-        import cuda.core  # noqa: F401
         from cuda.bindings import nvrtc
+        from cuda.core import ObjectCode, Program, Stream, launch  # noqa: F401  older ones have them elsewhere
     except ImportError as error:
         raise UnsupportedError(f"needs cuda-core and NVRTC ({error}); {install}") from error
     try:
