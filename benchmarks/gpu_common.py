@@ -14,8 +14,8 @@ from halfbyte.device.torch_probe import device_name
 from halfbyte.runtime.step_graph import StepGraphs
 
 COPIED_BYTES = 1 << 30
-# Of the GPU's clock, some 100 µs: longer than it takes to hand over a graph.
-HEAD_START = 200_000
+# Of the GPU's clock, some 1 ms: longer than it takes to hand over a graph, of a thousand launches, too.
+HEAD_START = 2_000_000
 
 
 def find_gpu(program: str) -> torch.device | None:
