@@ -215,7 +215,7 @@ def test_a_disk_that_is_really_full(small_disk: Path) -> None:
             writer.add("a", torch.zeros(1 << 20))
             writer.commit()
 
-    with pytest.raises(OutputError, match=r"the disk is full: 4 MB were to be written, . MB are free") as error:
+    with pytest.raises(OutputError, match=r"the disk is full: 4,\d{3} kB were to be written, [\d,]+ kB are free") as error:
         fill()
     assert "\n" not in str(error.value)
     assert list(small_disk.iterdir()) == []
@@ -245,6 +245,12 @@ def test_space_can_be_asked_for_up_front(tmp_path: Path) -> None:
     ensure_space(tmp_path / "not" / "yet", 1)
     with pytest.raises(OutputError, match=r"the disk is too full: 1,000,000,000,000 MB are needed, [\d,]+ MB are free"):
         ensure_space(tmp_path / "not" / "yet", 10**18)
+
+
+def test_a_small_lack_of_space_is_told_in_kilobytes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("halfbyte.checkpoints.disk.free_bytes", lambda path: 102_400)
+    with pytest.raises(OutputError, match="the disk is too full: 345 kB are needed, 102 kB are free"):
+        ensure_space(tmp_path, 345_000)
 
 
 @pytest.mark.parametrize(

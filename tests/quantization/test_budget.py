@@ -77,6 +77,8 @@ def test_a_budget_that_cannot_work_is_told_the_least_that_does() -> None:
     assert plan(f"{least}GB").batch_tokens in (500, 512)
     with pytest.raises(ConfigError, match="the least is"):
         plan(f"{float(least) - 0.2}GB")
+    with pytest.raises(ConfigError, match=r"memory_budget: 0\.01 GB are too little"):
+        plan("10MB")
 
 
 @torch.no_grad()

@@ -112,4 +112,4 @@ def umask() -> int:
 
 
 def _mb(nbytes: int) -> str:
-    return f"{nbytes / 1e6:,.0f} MB"
+    return f"{nbytes / 1e6:,.0f} MB" if nbytes >= 1e7 else f"{nbytes / 1e3:,.0f} kB"

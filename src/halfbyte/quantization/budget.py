@@ -120,7 +120,7 @@ def _affordable(limit: int | None, plan: MemoryPlan) -> MemoryPlan:
     if limit is not None and limit < plan.expected_bytes:
         least = math.ceil(plan.expected_bytes / 1e8) / 10
         raise ConfigError(
-            f"memory_budget: {limit / 1e9:.1f} GB are too little for this model and calibration; the least is "
+            f"memory_budget: {limit / 1e9:.2g} GB are too little for this model and calibration; the least is "
             f"{least:.1f} GB (shorter calibration blocks, max_calib_seq_len, need less)"
         )
     return plan
