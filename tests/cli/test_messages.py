@@ -58,6 +58,12 @@ def test_eval_that_would_measure_nothing_is_refused() -> None:
     assert said == "--skip-perplexity and --skip-speed: leave nothing to measure; give one of them, or --tasks"
 
 
+def test_eval_on_no_text_is_refused_before_a_model_is_loaded(tmp_path: Path) -> None:
+    (tmp_path / "empty.txt").write_text("\n")
+    said = refusal("eval", "nowhere", "--data", tmp_path / "empty.txt")
+    assert said == f"--data {tmp_path / 'empty.txt'}: holds no text; give a file with some"
+
+
 @pytest.mark.parametrize("verb", [("backends",), ("convert", "--format", "gptq"), ("convert", "--format", "gguf")])
 def test_a_model_is_named_as_it_was_typed(
     tiny_llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, verb: tuple[str, ...]

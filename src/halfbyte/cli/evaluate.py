@@ -129,6 +129,8 @@ def _measure(
     skip_perplexity, skip_speed = skip
     passages = read_passages(data_path) if data == LAMBADA and not skip_perplexity else []
     text = "" if skip_perplexity or data == LAMBADA else read_text(data, data_path).text
+    if not (text.strip() or skip_perplexity or data == LAMBADA):
+        raise ConfigError(f"--data {data}: holds no text; give a file with some")
     from halfbyte.evaluation.last_word import measure_last_word
     from halfbyte.evaluation.perplexity import measure_perplexity
     from halfbyte.evaluation.throughput import measure_throughput
