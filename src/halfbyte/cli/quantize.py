@@ -7,7 +7,7 @@ from typing import Annotated, Any
 
 import typer
 
-from halfbyte.cli.render import JsonFlag, megabytes, print_json, print_table
+from halfbyte.cli.render import JsonFlag, megabytes, name_options, print_json, print_table
 from halfbyte.errors import ConfigError
 
 
@@ -203,7 +203,7 @@ def _print_report(report: Any) -> None:
     elif len(columns) > 2:
         print_table(columns, rows, "Bits of a code")
     for warning in report.warnings:
-        print(f"warning       {warning}")
+        print(f"warning       {name_options(warning, command, {})}")
     print(f"blocks        {megabytes(report.block_bytes_before)} → {megabytes(report.block_bytes_after)}")
     rest = megabytes(report.total_bytes_after - report.block_bytes_after)
     print(f"whole model   {megabytes(report.total_bytes_before)} → {megabytes(report.total_bytes_after)}")
