@@ -11,7 +11,8 @@ from typing import Any, Literal
 
 from halfbyte.errors import ConfigError
 from halfbyte.generation.loop import Generation
-from halfbyte.generation.model import Model, Prompt
+from halfbyte.generation.model import Model
+from halfbyte.generation.prompts import Prompt
 from halfbyte.generation.speculation import Speculation
 
 # An output whose end says one thing again and again tells nothing about drafts of other texts.

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Sequence
 from functools import cached_property, partial
 from pathlib import Path
 from typing import Any, Literal, TypedDict, Unpack, overload
@@ -17,6 +17,7 @@ from halfbyte.generation.draft_length import DraftLength
 from halfbyte.generation.draft_sources import draft_cost, make_drafter
 from halfbyte.generation.drafting import Drafter
 from halfbyte.generation.loop import Continuation, Generation, TextStream, continue_together, stream_text
+from halfbyte.generation.prompts import Prompt, Prompts, as_prompts, encode_prompt
 from halfbyte.generation.speculation import LONGEST_DRAFT, SpeculativeLoop
 from halfbyte.generation.text import parse_stop
 from halfbyte.publishing.card import Compared
@@ -29,9 +30,6 @@ from halfbyte.runtime.loading import LoadedModel, load_model
 from halfbyte.runtime.placement import DeviceMap, MaxMemory
 from halfbyte.sampling.filters import SamplingParameters
 from halfbyte.sampling.sampler import Sampler, sequence_generator
-
-Prompt = str | Sequence[dict[str, str]]
-Prompts = list[str] | Sequence[Sequence[dict[str, str]]]
 
 
 class Settings(TypedDict, total=False):
@@ -259,29 +257,7 @@ class Model:
         Raises:
             ConfigError: nothing to encode, messages for a tokenizer without a template, or some the template refuses.
         """
-        if not prompt:
-            raise ConfigError("prompt: empty; give at least one character")
-        _check_text(
-            [prompt] if isinstance(prompt, str) else [value for message in prompt for value in message.values()]
-        )
-        if isinstance(prompt, str):
-            ids = self.tokenizer(prompt)["input_ids"]
-        elif self.tokenizer.chat_template is None:
-            raise ConfigError(f"{self.folder}: its tokenizer has no chat template; give the prompt as a string")
-        else:
-            ids = self._apply_template(prompt)
-        if not ids:
-            raise ConfigError("prompt: empty; give at least one character")
-        return torch.tensor(ids, dtype=torch.int64)
-
-    def _apply_template(self, messages: Sequence[dict[str, str]]) -> list[int]:
-        from jinja2 import TemplateError
-
-        try:
-            ids: list[int] = self.tokenizer.apply_chat_template(list(messages), add_generation_prompt=True)["input_ids"]
-        except TemplateError as error:
-            raise ConfigError(f"{self.folder}: its chat template refuses the messages: {error}") from None
-        return ids
+        return encode_prompt(self.tokenizer, prompt, self.folder)
 
     @overload
     def generate(self, prompt: Prompt, *, stream: Literal[True], **settings: Unpack[Settings]) -> TextStream: ...
@@ -351,7 +327,7 @@ class Model:
         """
         if stream and return_details:
             raise ConfigError("return_details: a stream has them in its `generation`, once it has ended")
-        prompts, several = _as_prompts(prompt)
+        prompts, several = as_prompts(prompt)
         if stream and several:
             raise ConfigError("stream: only one prompt can be streamed, got a list; stream them one by one")
         parameters = SamplingParameters(temperature, top_k, top_p, min_p, repetition_penalty)
@@ -444,29 +420,3 @@ class Model:
             stop=parse_stop(stop),
             cached=cached,
         )
-
-
-def _check_text(texts: Iterable[Any]) -> None:
-    """Refuse what bytes that are no UTF-8 become on a command line, before the tokenizer does so in its own words."""
-    for text in texts:
-        try:
-            str(text).encode()
-        except UnicodeEncodeError as error:
-            raise ConfigError(f"prompt: not UTF-8 text (character {error.start}); convert it first") from None
-
-
-def _as_prompts(prompt: Any) -> tuple[list[Prompt], bool]:
-    """A prompt, a string or a list of messages, alone in a list; or those of a list of them, and whether it was one."""
-    if isinstance(prompt, str) or not prompt or _is_conversation(prompt):
-        return [prompt], False
-    for one in prompt:
-        if not isinstance(one, str) and not _is_conversation(one):
-            raise ConfigError(
-                "prompt: expected a string, a list of messages with role and content, or a list of either; "
-                f"got a list with {one!r:.80}"
-            )
-    return list(prompt), True
-
-
-def _is_conversation(value: Any) -> bool:
-    return isinstance(value, Sequence) and len(value) > 0 and all(isinstance(message, Mapping) for message in value)
