@@ -49,7 +49,11 @@ def test_logits_and_greedy_tokens_are_those_of_transformers(folder: Path) -> Non
         step = [token]
 
 
-def test_a_quantized_model_computes_its_dequantized_weights(folder: Path, tmp_path: Path) -> None:
+def test_a_quantized_model_computes_its_dequantized_weights(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # In fp32 on every CPU: roundings of the reference's bf16 activations would be more than what is allowed here.
+    monkeypatch.setattr("halfbyte.runtime.compute_dtype.has_bf16_arithmetic", lambda: False)
     halfbyte.quantize(folder, tmp_path / "int4", QuantConfig("rtn", group_size=32), progress=False)
     ids = torch.randint(320, (PROMPT,), generator=torch.Generator().manual_seed(2))
     reference = halfbyte.load(tmp_path / "int4", backend="reference")

@@ -137,6 +137,8 @@ def test_the_decoder_runs_every_feature_in_every_tier(
     if tier not in _native.available_tiers():
         pytest.skip(f"this CPU lacks {tier}")
     form, recipe = FEATURES[feature]
+    # As above: where a CPU has bf16 arithmetic the reference alone is further away than what is allowed here.
+    monkeypatch.setattr("halfbyte.runtime.compute_dtype.has_bf16_arithmetic", lambda: False)
     folder = write(tiny_llama, tmp_path / "model", packed=True, recipe_for_all=recipe)
     ids = torch.randint(320, (30,), generator=torch.Generator().manual_seed(0))
     expected = halfbyte.load(folder, backend="reference").logits(ids)
