@@ -8,6 +8,8 @@ from pathlib import Path
 import pytest
 import torch
 
+from tests.sharing import made_once
+
 # A shell has what it puts into the background ignore Ctrl-C. What the tests start would inherit that; a handler it does
 # not.
 signal.signal(signal.SIGINT, signal.default_int_handler)
@@ -64,7 +66,7 @@ def make_llama(folder: Path, *, dtype: torch.dtype = torch.bfloat16, **overrides
 @pytest.fixture(scope="session")
 def tiny_llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Folder of a tiny random Llama in bf16."""
-    return make_llama(tmp_path_factory.mktemp("models") / "tiny-llama")
+    return made_once(tmp_path_factory, "tiny-llama", make_llama)
 
 
 @pytest.fixture(scope="session")
@@ -72,9 +74,10 @@ def quantized_llama(tiny_llama: Path, tmp_path_factory: pytest.TempPathFactory) 
     """The tiny Llama after AWQ with groups of 32."""
     import halfbyte
 
-    output = tmp_path_factory.mktemp("models") / "tiny-llama-4bit"
-    halfbyte.quantize(tiny_llama, output, calibration=[TEXT], max_calib_samples=4, max_calib_seq_len=64)
-    return output
+    def quantize(folder: Path) -> None:
+        halfbyte.quantize(tiny_llama, folder, calibration=[TEXT], max_calib_samples=4, max_calib_seq_len=64)
+
+    return made_once(tmp_path_factory, "tiny-llama-4bit", quantize)
 
 
 @pytest.fixture(scope="session")

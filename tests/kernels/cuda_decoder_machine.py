@@ -1,12 +1,11 @@
 """The kernels between products on a model of a GPU (cuda_machine.hpp), launched as `CudaOps` launches them."""
 
 import ctypes
-import subprocess
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from cuda_machine import CUDA, FLAGS, HERE
+from cuda_model import CUDA, HERE, build
 
 from halfbyte.kernels.cuda_module import Argument
 from halfbyte.kernels.cuda_ops import CudaOps
@@ -24,12 +23,7 @@ class DecoderMachine:
     @classmethod
     def build(cls, folder: Path, sources: Path = CUDA) -> "DecoderMachine":
         """Compile the kernels in `sources` into `folder`."""
-        target = folder / "cuda_decoder_kernels.so"
-        command = ["g++", *FLAGS, f"-I{sources}", f"-I{HERE}", "-x", "c++", str(HERE / "cuda_decoder_kernels.cpp")]
-        subprocess.run([*command, "-o", str(target)], check=True)
-        library = ctypes.CDLL(str(target))
-        library.last_error.restype = ctypes.c_char_p
-        return cls(library)
+        return cls(build(HERE / "cuda_decoder_kernels.cpp", folder, sources))
 
     def ops(self, seed: int = 0) -> CudaOps:
         """The operations, each launch on the model with that order of execution."""

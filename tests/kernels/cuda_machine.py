@@ -1,17 +1,14 @@
 """The kernels of native/cuda on a model of a GPU (cuda_machine.hpp), compiled by g++ and called from here."""
 
 import ctypes
-import subprocess
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from cuda_model import CUDA, HERE, build
 
 from halfbyte.kernels.cuda_layout import PAIR, CudaWeight
 
-HERE = Path(__file__).parent
-CUDA = HERE.parents[1] / "native/cuda"
-FLAGS = ["-std=c++17", "-O1", "-fPIC", "-shared", "-U_FORTIFY_SOURCE", "-Wall", "-Werror", "-Wno-unknown-pragmas"]
 # What ran past its slot, or was never written, is NaN.
 NAN = float("nan")
 
@@ -35,12 +32,7 @@ class Machine:
     @classmethod
     def build(cls, folder: Path, sources: Path = CUDA) -> "Machine":
         """Compile the kernels in `sources` into `folder`."""
-        target = folder / "cuda_kernels.so"
-        command = ["g++", *FLAGS, f"-I{sources}", f"-I{HERE}", "-x", "c++", str(HERE / "cuda_kernels.cpp")]
-        subprocess.run([*command, "-o", str(target)], check=True)
-        library = ctypes.CDLL(str(target))
-        library.last_error.restype = ctypes.c_char_p
-        return cls(library)
+        return cls(build(HERE / "cuda_kernels.cpp", folder, sources))
 
     def shared_bytes(self, rows: int, *, pair: bool, zeros: bool) -> int:
         size: int = self.library.shared_bytes(rows, pair, zeros)

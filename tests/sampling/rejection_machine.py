@@ -6,7 +6,6 @@
 from __future__ import annotations
 
 import ctypes
-import subprocess
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -17,10 +16,9 @@ import pytest
 import torch
 
 from halfbyte.sampling import rejection, rejection_cuda
+from tests.kernels.cuda_model import CUDA, build
 
-HERE, ROOT = Path(__file__).parent, Path(__file__).parents[2]
-CUDA = ROOT / "native/cuda"
-FLAGS = ["-std=c++17", "-O1", "-fPIC", "-shared", "-ffp-contract=off", "-U_FORTIFY_SOURCE", "-Wall", "-Werror"]
+HERE = Path(__file__).parent
 TYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
 # Places in the arguments of a launch.
 IDS, COUNTS, RECORDS, BINS, MASSES = range(6, 11)
@@ -55,13 +53,7 @@ class RejectionMachine:
     @classmethod
     def build(cls, folder: Path, sources: Path = CUDA) -> RejectionMachine:
         """Compile the kernels in `sources` into `folder`."""
-        target = folder / "rejection_kernels.so"
-        include = [f"-I{sources}", f"-I{ROOT / 'tests/kernels'}"]
-        command = ["g++", *FLAGS, "-Wno-unknown-pragmas", *include, "-x", "c++", str(HERE / "rejection_kernels.cpp")]
-        subprocess.run([*command, "-o", str(target)], check=True)
-        library = ctypes.CDLL(str(target))
-        library.last_error.restype = ctypes.c_char_p
-        return cls(library)
+        return cls(build(HERE / "rejection_kernels.cpp", folder, sources))
 
     @contextmanager
     def installed(self) -> Iterator[RejectionMachine]:

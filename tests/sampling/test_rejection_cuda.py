@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import ctypes
 import re
-import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -15,7 +14,7 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from rejection_cases import assert_distributed, draw, random_case, seeded
-from rejection_machine import CUDA, RejectionMachine
+from rejection_machine import RejectionMachine
 from rejection_strategies import BOUNDARY, CASES, distance_to_a_boundary, make
 
 import halfbyte
@@ -23,6 +22,7 @@ from halfbyte.kernels.cuda_build import compile_cubin
 from halfbyte.sampling import rejection_cuda
 from halfbyte.sampling.filters import SamplingParameters, filtered_probabilities
 from halfbyte.sampling.rejection_inputs import RejectionInputs
+from tests.kernels.cuda_model import CUDA, built_once
 
 NAN, INF = float("nan"), float("inf")
 # Blocks that share a sequence, and how many of all blocks the GPU holds at once (0: all).
@@ -40,9 +40,7 @@ FILTERS: list[dict[str, Any]] = [
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RejectionMachine]:
-    if shutil.which("g++") is None:
-        pytest.skip("needs g++ to compile the kernels for the model")
-    with RejectionMachine.build(tmp_path_factory.mktemp("cuda")).installed() as machine:
+    with built_once(RejectionMachine, tmp_path_factory).installed() as machine:
         yield machine
 
 

@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-import shutil
 from pathlib import Path
 
 import pytest
 import test_rejection_cuda as kernel
 import torch
 from rejection_cases import random_case
-from rejection_machine import CUDA, RejectionMachine
+from rejection_machine import RejectionMachine
 
-# What a change of the source must not survive: the file, the text, and what it becomes.
-MUTANTS = {
+from tests.kernels.cuda_model import Mutant, mutate, needs_compiler
+
+MUTANTS: dict[str, Mutant] = {
     "a stage opened before its state is written": (
         "rejection_sampler.cuh",
         "        barrier();\n        if (thread_index() == 0) store_release(&record->open",
@@ -67,18 +67,12 @@ MUTANTS = {
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(shutil.which("g++") is None, reason="needs g++ to compile the kernels for the model")
-@pytest.mark.parametrize("name", MUTANTS)
-def test_mutants_are_caught(name: str, tmp_path: Path) -> None:
-    file, text, replacement = MUTANTS[name]
-    for source in CUDA.iterdir():
-        shutil.copy(source, tmp_path)
-    original = (tmp_path / file).read_text()
-    assert original.count(text) == 1
-    (tmp_path / file).write_text(original.replace(text, replacement))
-    mutant = RejectionMachine.build(tmp_path, sources=tmp_path)
-    with mutant.installed(), pytest.raises((AssertionError, RuntimeError)):
-        try_all(mutant)
+@needs_compiler
+@pytest.mark.parametrize("mutant", MUTANTS.values(), ids=MUTANTS)
+def test_mutants_are_caught(mutant: Mutant, tmp_path: Path) -> None:
+    machine = RejectionMachine.build(tmp_path, mutate(mutant, tmp_path))
+    with machine.installed(), pytest.raises((AssertionError, RuntimeError)):
+        try_all(machine)
 
 
 def try_all(machine: RejectionMachine) -> None:
