@@ -14,6 +14,13 @@ from tests.sharing import made_once
 # not.
 signal.signal(signal.SIGINT, signal.default_int_handler)
 
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtest_setup() -> None:
+    """One thread of torch's: matrices this small gain nothing from a second, and there is a worker on every core."""
+    torch.set_num_threads(1)
+
+
 TEXT = "\n".join(
     f"The {n}th crow sat on the {n % 7}th branch of the old oak and counted {n * n} acorns, one after another."
     for n in range(400)

@@ -2,7 +2,6 @@ from __future__ import annotations
 
 import inspect
 import json
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -16,15 +15,6 @@ from halfbyte.generation.self_calibration import write_calibration_text
 from halfbyte.quantization import pipeline
 
 SIZES: dict[str, Any] = {"max_calib_samples": 3, "max_calib_seq_len": 32, "progress": False}
-
-
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    """Threads that wait for each other in every tiny step take minutes on a busy machine."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.fixture(scope="module")

@@ -27,9 +27,8 @@ from halfbyte.quantization.report import QuantizationReport
 from tests.conftest import TEXT, make_llama, make_tokenizer
 from tests.quantization import zoo
 from tests.quantization.test_distributed import given as given_workers
-from tests.quantization.test_resume import Killed, contents, killed_after, one_thread, spilled
+from tests.quantization.test_resume import Killed, contents, killed_after, spilled
 
-__all__ = ["one_thread"]  # the fixture of every test here, too
 SETTINGS: dict[str, Any] = {"calibration": [TEXT], "max_calib_samples": 6, "max_calib_seq_len": 48}
 QUICK = QuantConfig(n_grid=2, target_bits=5.25)
 BLOCKS = 3

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -24,14 +23,6 @@ from tests.quantization.test_experts import block_of
 from tests.quantization.zoo import save
 
 SETTINGS: dict[str, Any] = {"calibration": [TEXT], "max_calib_samples": 6, "max_calib_seq_len": 32}
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread() -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 def tensors_of_block(folder: Path, index: int) -> dict[str, torch.Tensor]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import gc
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -54,15 +53,6 @@ def decoder_of(folder: Path, *, dtype: torch.dtype | None = FP32, kernel: str = 
 
 def random_ids(count: int, seed: int = 1) -> torch.Tensor:
     return torch.randint(320, (count,), generator=torch.Generator().manual_seed(seed))
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _one_thread() -> Iterator[None]:
-    """Of operations as small as these a second thread is only in the way."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.fixture(scope="module", params=TAKEN)
@@ -118,7 +108,10 @@ def test_in_16_bit_it_is_as_close_to_fp32_as_transformers(qwen: Path, dtype: tor
 
 
 @pytest.mark.parametrize("kernel", ["torch", "native"])
-def test_a_quantized_model_computes_its_dequantized_weights(qwen: Path, tmp_path: Path, kernel: str) -> None:
+def test_a_quantized_model_computes_its_dequantized_weights(
+    qwen: Path, tmp_path: Path, kernel: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("halfbyte.runtime.compute_dtype.has_bf16_arithmetic", lambda: False)
     halfbyte.quantize(qwen, tmp_path / "int4", QuantConfig("rtn", group_size=32), progress=False)
     ids = random_ids(50, seed=2)
     expected = halfbyte.load(tmp_path / "int4", device="cpu", backend="reference").logits(ids)
@@ -133,7 +126,8 @@ def test_a_quantized_model_computes_its_dequantized_weights(qwen: Path, tmp_path
     assert decoder.nbytes - decoder.step_bytes == decoder.parts["embedding"]
 
 
-def test_linears_that_cannot_be_stacked_stay_apart(qwen: Path, tmp_path: Path) -> None:
+def test_linears_that_cannot_be_stacked_stay_apart(qwen: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("halfbyte.runtime.compute_dtype.has_bf16_arithmetic", lambda: False)
     config = QuantConfig("rtn", group_size=32, modules_to_not_convert=("k_proj", "gate_proj"))
     halfbyte.quantize(qwen, tmp_path / "int4", config, progress=False)
     ids = random_ids(30, seed=2)
