@@ -2,8 +2,6 @@ from __future__ import annotations
 
 import contextlib
 import struct
-import subprocess
-import sys
 import tracemalloc
 from pathlib import Path
 
@@ -14,6 +12,7 @@ from hypothesis import strategies as st
 from halfbyte.checkpoints.gguf_header import read_gguf_header
 from halfbyte.checkpoints.gguf_reader import GgufFile
 from halfbyte.errors import CheckpointError, HalfbyteError, UnsupportedError
+from tests.cli.verbs import run
 from tests.hostile.broken_gguf import ARRAY, BROKEN, STRING, U32, array, entry, file, nested, sound, string
 
 
@@ -95,8 +94,7 @@ def test_metadata_of_another_type_is_refused(value: bytes, message: str, tmp_pat
 @pytest.mark.parametrize("kind", ["2^60 tensors", "big-endian", "data cut off"])
 def test_the_command_line_prints_that_line_and_exits_with_2(kind: str, tmp_path: Path) -> None:
     path = written(tmp_path, BROKEN[kind][0]())
-    command = [sys.executable, "-m", "halfbyte", "verify", str(path)]
-    result = subprocess.run(command, capture_output=True, text=True, check=False)
+    result = run("verify", path)
     assert result.returncode == 2
     assert result.stdout == ""
     assert result.stderr.startswith(f"halfbyte: {path}: ")

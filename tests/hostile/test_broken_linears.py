@@ -1,8 +1,6 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -11,6 +9,7 @@ from safetensors.torch import load_file, save_file
 from halfbyte.conversion.targets import TARGETS
 from halfbyte.errors import HalfbyteError
 from halfbyte.formats.layouts import read_layout
+from tests.cli.verbs import run
 from tests.hostile.broken_linears import NAME, Linear, broken, sound
 
 
@@ -56,9 +55,7 @@ def test_the_command_line_names_the_tensor(verb: str, quantized_llama: Path, tmp
     tensors = load_file(folder / "model.safetensors")
     tensors["model.layers.1.mlp.up_proj.scales"][0, 0] = float("nan")
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
-    arguments = {"generate": [str(folder), "x"], "verify": [str(folder), "--json"]}[verb]
-    command = [sys.executable, "-m", "halfbyte", verb, *arguments]
-    result = subprocess.run(command, capture_output=True, text=True, check=False)
+    result = run(verb, folder, {"generate": "x", "verify": "--json"}[verb])
     expected = "tensor model.layers.1.mlp.up_proj.scales: holds values that are not finite; the checkpoint is damaged"
     if verb == "generate":
         assert (result.returncode, result.stdout, result.stderr) == (2, "", f"halfbyte: {expected}\n")

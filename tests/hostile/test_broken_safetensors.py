@@ -1,8 +1,6 @@
 from __future__ import annotations
 
 import contextlib
-import subprocess
-import sys
 import tracemalloc
 from pathlib import Path
 
@@ -14,6 +12,7 @@ from safetensors.torch import load_file, save_file
 
 from halfbyte.checkpoints.reader import Checkpoint
 from halfbyte.errors import CheckpointError, HalfbyteError
+from tests.cli.verbs import run
 from tests.hostile.broken_safetensors import BROKEN, sound
 
 
@@ -39,8 +38,7 @@ def test_the_command_line_prints_that_line_and_exits_with_2(kind: str, tmp_path:
     folder.mkdir()
     make, _ = BROKEN[kind]
     make(folder)
-    command = [sys.executable, "-m", "halfbyte", "quantize", str(folder), "-o", str(tmp_path / "out")]
-    result = subprocess.run(command, capture_output=True, text=True, check=False)
+    result = run("quantize", folder, "-o", tmp_path / "out")
     assert result.returncode == 2
     assert result.stdout == ""
     assert result.stderr.startswith("halfbyte: ")
