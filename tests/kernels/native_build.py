@@ -47,7 +47,7 @@ def build_check(
     commands = []
     for source in [*sorted(NATIVE.glob("*.cpp")), HERE / "native_check.cpp"]:
         if source.name not in others:
-            chosen = ["-O1"] if source.stem.removeprefix("tier_") in plain else flags
+            chosen = ["-O0"] if source.stem.removeprefix("tier_") in plain else flags
             commands.append((source, [compiler, *common, *chosen, *tiers.get(source.name, [])]))
     objects = compile_all(commands, folder)
     subprocess.run([compiler, *common, *flags, *objects, "-pthread", "-o", str(folder / "check")], check=True)
