@@ -22,7 +22,7 @@ template <class S>
 struct A8Kernel {
     using F = typename S::F;
     using I = typename S::I;
-    static constexpr int VECTORS = BLOCK_ROWS / S::WIDTH;
+    static constexpr int VECTORS = BLOCK_ROWS / S::WIDTH, LINES_AHEAD = 16, A8_ROWS = 4;
 
     static void quantize(const float* x, int cols, int groups, std::int8_t* row) {
         const int size = cols / groups;
@@ -78,13 +78,14 @@ struct A8Kernel {
         for (int m = 0; m < M; ++m)
             for (int v = 0; v < V; ++v) total[m][v] = S::set1(0.0f);
         std::size_t at = 0;  // words from the start of the block
-        const std::size_t ahead = block_words * ((V + VECTORS - 1) / VECTORS);
+        const std::size_t ahead = V > VECTORS ? block_words * (V / VECTORS) : LINES_AHEAD * BLOCK_ROWS;
         for (int g = 0, k = 0; g < w.groups; ++g) {
             I acc[M][V];
             for (int m = 0; m < M; ++m)
                 for (int v = 0; v < V; ++v) acc[m][v] = S::zero();
             for (int octet = 0; octet < w.group_octets; octet += 4, k += A8_INPUTS) {
-                // The block after these, into L2: a block is about a page, too short for the hardware to catch up.
+                // Into L2. One block at a time is one stream, for the next one lies behind it; of several, a block is about a
+                // page, too short for the hardware to catch up.
                 for (int v = 0; v < V; v += VECTORS)
                     for (int line = 0; line < BITS; ++line)
                         __builtin_prefetch(words[v] + at + ahead + line * BLOCK_ROWS, 0, 2);
@@ -128,6 +129,15 @@ struct A8Kernel {
             if (vector < end) tiles<BITS, M, V / 2>(w, x, stride, y, y_stride, vector, end);
     }
 
+    // M rows at a time, then what is left at once.
+    template <int BITS, int M = A8_ROWS>
+    static void rows(const A8View& w, const std::int8_t* x, std::size_t stride, int m, float* y, std::size_t y_stride, int first,
+                     int last) {
+        constexpr int V = M == 1 ? S::A8_VECTORS_1 : M == 2 ? S::A8_VECTORS_2 : S::A8_VECTORS_4;
+        for (; m >= M; m -= M, x += M * stride, y += M * y_stride) tiles<BITS, M, V>(w, x, stride, y, y_stride, first, last);
+        if constexpr (M > 1) rows<BITS, M - 1>(w, x, stride, m, y, y_stride, first, last);
+    }
+
     template <int BITS>
     static void multiply_bits(const A8View& w, const std::int8_t* x, std::size_t stride, int m, float* y,
                               std::size_t y_stride, int begin, int end, std::int8_t* scratch) {
@@ -139,18 +149,9 @@ struct A8Kernel {
                 m -= done;
             }
         // If there are several tiles of rows, a few blocks stay in L1 while all of them pass.
-        const int strip = m > 4 ? S::A8_BLOCKS : end - begin;
-        for (int block = begin; block < end; block += strip) {
-            const int first = block * VECTORS, last = (block + strip < end ? block + strip : end) * VECTORS;
-            int row = 0;
-            const auto from = [&](int r) { return x + r * stride; };
-            const auto to = [&](int r) { return y + r * y_stride; };
-            for (; row + 4 <= m; row += 4)
-                tiles<BITS, 4, S::A8_VECTORS_4>(w, from(row), stride, to(row), y_stride, first, last);
-            if (m - row == 3) tiles<BITS, 3, S::A8_VECTORS_4>(w, from(row), stride, to(row), y_stride, first, last);
-            if (m - row == 2) tiles<BITS, 2, S::A8_VECTORS_2>(w, from(row), stride, to(row), y_stride, first, last);
-            if (m - row == 1) tiles<BITS, 1, S::A8_VECTORS_1>(w, from(row), stride, to(row), y_stride, first, last);
-        }
+        const int strip = m > A8_ROWS ? S::A8_BLOCKS : end - begin;
+        for (int block = begin; block < end; block += strip)
+            rows<BITS>(w, x, stride, m, y, y_stride, block * VECTORS, (block + strip < end ? block + strip : end) * VECTORS);
     }
 
     static void multiply(const A8View& w, const std::int8_t* x, std::size_t stride, int m, float* y, std::size_t y_stride,

@@ -1,8 +1,7 @@
 // AVX-512 (F, BW, DQ, VL, VNNI): sixteen floats a register, thirty-two registers.
 //
-// This is the 16-bit-activation mode, so the byte dot product of VNNI is not used yet; what AVX-512 brings here is the
-// table look-up: vpermps takes its index from the low four bits of each lane, so a nibble needs no mask and no
-// conversion: shift, look up, multiply-add. A byte is masked where it stands and converted.
+// Nibbles are masked where they stand and converted, as on AVX2. vpermps would look them up without mask and conversion, but where
+// 512 bits are two halves (Zen 4) look-up and shift take the ports of the FMAs, and mask and conversion do not (docs/design/cpu-kernel.md).
 #ifndef HALFBYTE_AVX512_INTRINSICS  // tests/kernels puts a scalar model of the intrinsics here
 #define HALFBYTE_AVX512_INTRINSICS <immintrin.h>
 #define HALFBYTE_AVX512_BF16 __attribute__((target("avx512bf16")))
@@ -24,8 +23,8 @@ namespace {
 struct Avx512 : F16C {
     // 12 rows × 2 vectors = 24 accumulators + 2 weights + 1 broadcast: 27 of 32 registers.
     static constexpr int WIDTH = 16, PANEL_BLOCKS = 2, TILE_ROWS = 12;
-    // gemv: 4 to 8 accumulators: shift, look-up and FMA share two ports, 6 cycles for four of each, the latency of one FMA.
-    static constexpr int GEMV_VECTORS_1 = 4, GEMV_VECTORS_2 = 4, GEMV_VECTORS_4 = 2, GEMV_BLOCKS = 4;
+    // gemv: 4 to 16 accumulators; an FMA takes four cycles.
+    static constexpr int GEMV_VECTORS_1 = 4, GEMV_VECTORS_2 = 4, GEMV_VECTORS_4 = 4, GEMV_BLOCKS = 4;
     using F = __m512;
     using I = __m512i;
 
@@ -51,7 +50,8 @@ struct Avx512 : F16C {
         return _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p))));
     }
 
-    static constexpr int A8_VECTORS_1 = 4, A8_VECTORS_2 = 4, A8_VECTORS_4 = 2, A8_BLOCKS = 4, WIDE_ROWS = 0, WIDE_LEAST = 0;
+    // One block at a time is one stream from memory; `Sums` makes up for the few accumulators.
+    static constexpr int A8_VECTORS_1 = 1, A8_VECTORS_2 = 1, A8_VECTORS_4 = 2, A8_BLOCKS = 4, WIDE_ROWS = 0, WIDE_LEAST = 0;
     static I zero() { return _mm512_setzero_si512(); }
     static F to_float(I words) { return _mm512_cvtepi32_ps(words); }
     static I load_zeros(const std::uint8_t* p) {
@@ -84,10 +84,33 @@ struct Avx512 : F16C {
     }
     static constexpr PeakLoop BF16_DOTS = bf16_dots;
 
+    // Where sums are few, each is added up in several chains, for a vpdpbusd takes four cycles. They are integers: any order will do.
+    template <int M, int V>
+    struct Sums {
+        static constexpr int CHAINS = M * V < 4 ? 4 / (M * V) : 1;
+        I (&acc)[M][V];
+        I more[CHAINS][M][V];
+        explicit Sums(I (&sums)[M][V]) : acc(sums) {
+            for (int c = 1; c < CHAINS; ++c)
+                for (int m = 0; m < M; ++m)
+                    for (int v = 0; v < V; ++v) more[c][m][v] = zero();
+        }
+        void add(int product, int m, int v, I codes, I inputs) {
+            I& sum = product % CHAINS == 0 ? acc[m][v] : more[product % CHAINS][m][v];
+            sum = _mm512_dpbusd_epi32(sum, codes, inputs);
+        }
+        void join() {
+            for (int c = 1; c < CHAINS; ++c)
+                for (int m = 0; m < M; ++m)
+                    for (int v = 0; v < V; ++v) acc[m][v] = _mm512_add_epi32(acc[m][v], more[c][m][v]);
+        }
+    };
+
     template <int M, int V>
     static inline void dot32_nibbles(const std::uint32_t* const (&words)[V], const std::int8_t* const (&x)[M],
                                      I (&acc)[M][V]) {
         const I mask = _mm512_set1_epi32(0x0F0F0F0F);
+        Sums<M, V> sums(acc);
         for (int octet = 0; octet < 4; ++octet) {
             I low[V], high[V];
             for (int v = 0; v < V; ++v) {
@@ -97,15 +120,19 @@ struct Avx512 : F16C {
             }
             for (int m = 0; m < M; ++m) {
                 const I x_low = broadcast4(x[m] + octet * OCTET), x_high = broadcast4(x[m] + octet * OCTET + 4);
-                for (int v = 0; v < V; ++v)
-                    acc[m][v] = _mm512_dpbusd_epi32(_mm512_dpbusd_epi32(acc[m][v], low[v], x_low), high[v], x_high);
+                for (int v = 0; v < V; ++v) {
+                    sums.add(2 * octet, m, v, low[v], x_low);
+                    sums.add(2 * octet + 1, m, v, high[v], x_high);
+                }
             }
         }
+        sums.join();
     }
     template <int M, int V>
     static inline void dot32_sixes(const std::uint32_t* const (&words)[V], const std::int8_t* const (&x)[M],
                                    I (&acc)[M][V]) {
         const I mask = _mm512_set1_epi32(0x0F0F0F0F), upper = _mm512_set1_epi32(0x30303030);
+        Sums<M, V> sums(acc);
         for (int h = 0; h < 2; ++h) {
             I codes[4][V];  // of four inputs each
             for (int v = 0; v < V; ++v) {
@@ -122,27 +149,31 @@ struct Avx512 : F16C {
             for (int m = 0; m < M; ++m)
                 for (int part = 0; part < 4; ++part) {
                     const I inputs = broadcast4(x[m] + 16 * h + 4 * part);
-                    for (int v = 0; v < V; ++v) acc[m][v] = _mm512_dpbusd_epi32(acc[m][v], codes[part][v], inputs);
+                    for (int v = 0; v < V; ++v) sums.add(part, m, v, codes[part][v], inputs);
                 }
         }
+        sums.join();
     }
     template <int M, int V>
     static inline void dot32_bytes(const std::uint32_t* const (&words)[V], const std::int8_t* const (&x)[M],
                                    I (&acc)[M][V]) {
+        Sums<M, V> sums(acc);
         for (int line = 0; line < 8; ++line)
             for (int v = 0; v < V; ++v) {
                 const I codes = load_words(words[v] + line * BLOCK_ROWS);
-                for (int m = 0; m < M; ++m)
-                    acc[m][v] = _mm512_dpbusd_epi32(acc[m][v], codes, broadcast4(x[m] + line * 4));
+                for (int m = 0; m < M; ++m) sums.add(line, m, v, codes, broadcast4(x[m] + line * 4));
             }
+        sums.join();
     }
 
-    static constexpr float NIBBLE_SCALE[OCTET] = {1, 1, 1, 1, 1, 1, 1, 1};
+    static constexpr const float (&NIBBLE_SCALE)[OCTET] = IN_PLACE_NIBBLE;
     static constexpr const float (&BYTE_SCALE)[OCTET] = IN_PLACE_BYTE;
     template <int N>
     static F nibble(I words) {
-        const F table = _mm512_setr_ps(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
-        return _mm512_permutexvar_ps(N == 0 ? words : _mm512_srli_epi32(words, 4 * N), table);
+        if constexpr (N == 7)
+            return _mm512_cvtepi32_ps(_mm512_srli_epi32(words, 4 * N));
+        else
+            return _mm512_cvtepi32_ps(_mm512_and_si512(words, _mm512_set1_epi32(15 << (4 * N))));
     }
     template <int N>
     static F byte(I words) {

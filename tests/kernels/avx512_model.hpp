@@ -38,11 +38,6 @@ inline __m512i _mm512_load_si512(const void* p) {
     return v;
 }
 inline __m512 _mm512_set1_ps(float a) { return model_lanes<__m512>([&](int) { return a; }); }
-template <class... T>
-inline __m512 _mm512_setr_ps(T... values) {
-    static_assert(sizeof...(T) == 16, "sixteen lanes");
-    return __m512{{static_cast<float>(values)...}};
-}
 inline __m512 _mm512_add_ps(__m512 a, __m512 b) { return model_lanes<__m512>([&](int i) { return a.lane[i] + b.lane[i]; }); }
 inline __m512 _mm512_mul_ps(__m512 a, __m512 b) { return model_lanes<__m512>([&](int i) { return a.lane[i] * b.lane[i]; }); }
 inline __m512 _mm512_div_ps(__m512 a, __m512 b) { return model_lanes<__m512>([&](int i) { return a.lane[i] / b.lane[i]; }); }
@@ -71,10 +66,6 @@ inline __m512i _mm512_or_si512(__m512i a, __m512i b) {
 // Signed, one rounding.
 inline __m512 _mm512_cvtepi32_ps(__m512i a) {
     return model_lanes<__m512>([&](int i) { return static_cast<float>(static_cast<std::int32_t>(a.lane[i])); });
-}
-// dst[i] = a[idx[i] & 15]: only the low four bits of an index count.
-inline __m512 _mm512_permutexvar_ps(__m512i idx, __m512 a) {
-    return model_lanes<__m512>([&](int i) { return a.lane[idx.lane[i] & 15u]; });
 }
 
 inline __m256i _mm256_loadu_si256(const __m256i* p) { __m256i v; std::memcpy(&v, p, 32); return v; }
@@ -105,6 +96,9 @@ inline __m128i _mm256_cvtps_ph(__m256 a, int) {
 
 inline __m512i _mm512_setzero_si512() {
     return model_lanes<__m512i>([](int) { return 0u; });
+}
+inline __m512i _mm512_add_epi32(__m512i a, __m512i b) {
+    return model_lanes<__m512i>([&](int i) { return a.lane[i] + b.lane[i]; });
 }
 inline __m512i _mm512_sub_epi32(__m512i a, __m512i b) {
     return model_lanes<__m512i>([&](int i) { return a.lane[i] - b.lane[i]; });
