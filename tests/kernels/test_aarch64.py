@@ -2,10 +2,13 @@
 
 import shutil
 import subprocess
+from functools import partial
 from pathlib import Path
 
 import pytest
 from native_build import build_check
+
+from tests.sharing import made_once
 
 COMPILER = shutil.which("aarch64-linux-gnu-g++")
 EMULATOR = shutil.which("qemu-aarch64") or shutil.which("qemu-aarch64-static")
@@ -15,7 +18,8 @@ EMULATOR = shutil.which("qemu-aarch64") or shutil.which("qemu-aarch64-static")
 def check(tmp_path_factory: pytest.TempPathFactory) -> Path:
     if COMPILER is None:
         pytest.skip("needs a cross compiler, aarch64-linux-gnu-g++ (Debian: g++-aarch64-linux-gnu)")
-    return build_check(COMPILER, "aarch64", ["-O1", "-static", "-Wno-psabi"], tmp_path_factory.mktemp("aarch64"))
+    flags = ["-O1", "-static", "-Wno-psabi"]
+    return made_once(tmp_path_factory, "aarch64", partial(build_check, COMPILER, "aarch64", flags)) / "check"
 
 
 @pytest.mark.parametrize(("cpu", "tiers"), [("max", ["neon", "portable"]), ("cortex-a57", ["portable"])])
@@ -23,6 +27,6 @@ def test_tiers_in_an_emulator(check: Path, cpu: str, tiers: list[str]) -> None:
     if EMULATOR is None:
         pytest.skip("needs an emulator, qemu-aarch64 (Debian: qemu-user)")
     command = [EMULATOR, "-cpu", cpu, str(check)]
-    run = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
+    run = subprocess.run(command, capture_output=True, text=True, timeout=600, check=False)
     assert run.returncode == 0, run.stdout[-2000:] + run.stderr[-2000:]
     assert run.stdout.split() == [*tiers, "0", "failures"]
