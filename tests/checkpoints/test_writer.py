@@ -215,7 +215,9 @@ def test_a_disk_that_is_really_full(small_disk: Path) -> None:
             writer.add("a", torch.zeros(1 << 20))
             writer.commit()
 
-    with pytest.raises(OutputError, match=r"the disk is full: 4,\d{3} kB were to be written, [\d,]+ kB are free") as error:
+    with pytest.raises(
+        OutputError, match=r"the disk is full: 4,\d{3} kB were to be written, [\d,]+ kB are free"
+    ) as error:
         fill()
     assert "\n" not in str(error.value)
     assert list(small_disk.iterdir()) == []
