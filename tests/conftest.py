@@ -5,6 +5,7 @@ from __future__ import annotations
 import signal
 from pathlib import Path
 
+import hypothesis
 import pytest
 import torch
 
@@ -13,6 +14,9 @@ from tests.sharing import made_once
 # A shell has what it puts into the background ignore Ctrl-C. What the tests start would inherit that; a handler it does
 # not.
 signal.signal(signal.SIGINT, signal.default_int_handler)
+# No test measures time.
+hypothesis.settings.register_profile("halfbyte", deadline=None)
+hypothesis.settings.load_profile("halfbyte")
 
 
 @pytest.hookimpl(tryfirst=True)

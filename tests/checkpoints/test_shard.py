@@ -17,7 +17,7 @@ from halfbyte.checkpoints.writer import CheckpointWriter
 from halfbyte.errors import UnsupportedError
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(
     tensors=st.lists(
         st.tuples(st.sampled_from(sorted(DTYPES)), st.lists(st.integers(0, 5), max_size=3)), min_size=1, max_size=8

@@ -51,7 +51,7 @@ def test_every_nibble_is_where_the_formula_puts_it() -> None:
             assert nibbles(int(packed["weight_zero_point"][n // 8, g]))[n % 8] == tensor.zeros[n, g]
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(
     seed=st.integers(0, 2**31),
     outputs=st.integers(1, 20),

@@ -53,7 +53,7 @@ def test_every_nibble_is_where_the_formula_puts_it() -> None:
     assert torch.equal(packed["scales"], tensor.scales.T.half())
 
 
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=50)
 @given(
     seed=st.integers(0, 2**31),
     outputs=st.integers(1, 6).map(lambda n: 8 * n),
@@ -71,7 +71,7 @@ def test_unpack_is_the_inverse_of_pack(seed: int, outputs: int, groups: int, gro
     assert all(torch.equal(value, packed[key]) for key, value in gemm.pack(found).items())
 
 
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=50)
 @given(order=st.permutations(range(8)), seed=st.integers(0, 2**31))
 def test_nibbles_go_round_in_any_order_and_as_the_lessons_show_them(order: list[int], seed: int) -> None:
     codes = torch.randint(16, (5, 16), generator=torch.Generator().manual_seed(seed), dtype=torch.uint8)

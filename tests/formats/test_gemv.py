@@ -51,7 +51,7 @@ def test_every_nibble_is_where_the_formula_puts_it() -> None:
         assert zeros == tensor.zeros[n].tolist() + 13 * [0]
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(
     seed=st.integers(0, 2**31),
     outputs=st.integers(1, 4).map(lambda n: 8 * n),

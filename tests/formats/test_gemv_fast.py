@@ -50,7 +50,7 @@ def test_every_nibble_is_where_the_formula_puts_it() -> None:
                     assert int(words[r4, 64 * kb + u]) >> 4 * v & 15 == tensor.codes[4 * r4 + u // 16, k]
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(
     seed=st.integers(0, 2**31),
     outputs=st.integers(1, 3).map(lambda n: 8 * n),

@@ -54,7 +54,7 @@ def test_every_nibble_is_where_the_formula_puts_it() -> None:
             assert nibbles(int(first["qzeros"][g, n // 8]))[n % 8] == tensor.zeros[n, g] - 1
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(
     seed=st.integers(0, 2**31),
     outputs=st.integers(1, 4).map(lambda n: 8 * n),

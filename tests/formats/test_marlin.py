@@ -82,7 +82,7 @@ def test_every_nibble_is_where_the_formula_puts_it() -> None:
                     ]
 
 
-@settings(max_examples=15, deadline=None)
+@settings(max_examples=15)
 @given(
     seed=st.integers(0, 2**31),
     outputs=st.sampled_from([256, 512]),

@@ -96,7 +96,7 @@ def test_each_width_by_hand(bits: int, codes: list[int], expected: list[int]) ->
     assert unpack_stream(packed, bits, len(codes)).tolist() == [codes]
 
 
-@settings(max_examples=80, deadline=None)
+@settings(max_examples=80)
 @given(st.integers(2, 8), st.integers(1, 5), st.integers(1, 70), st.integers(0, 2**31))
 def test_streams_go_round_and_every_bit_is_where_the_formula_puts_it(
     bits: int, rows: int, count: int, seed: int
@@ -112,7 +112,7 @@ def test_streams_go_round_and_every_bit_is_where_the_formula_puts_it(
 # ---- whole linears
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 @given(
     seed=st.integers(0, 2**31),
     rows=st.integers(1, 9),
@@ -249,7 +249,7 @@ def test_files_that_lie_are_refused_by_name(key: str, value: torch.Tensor | None
         native.unpack(packed, name="layer")
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 @given(st.data())
 def test_random_damage_is_refused_or_read_as_a_sound_tensor(data: st.DataObject) -> None:
     """Whatever bytes stand in the tensors, nothing but a CheckpointError comes out, and nothing large is allocated."""

@@ -44,7 +44,7 @@ def drafts(folders: tuple[Path, Path]) -> dict[str, str]:
 
 
 @pytest.mark.parametrize("draft", [QUANTIZED, "ngram", "skip"])
-@settings(max_examples=12, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=12, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(
     prompt=st.text("abc the crow", min_size=1, max_size=60),
     tokens=st.integers(1, 30),

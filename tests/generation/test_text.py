@@ -32,7 +32,7 @@ def test_a_character_comes_once_all_its_bytes_are_there(tokenizer: Any) -> None:
     assert not any("\ufffd" in piece for piece in pieces)
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 @given(ids=st.lists(st.integers(1, 319), max_size=60))
 def test_pieces_make_the_text_of_all_tokens_whatever_they_are(tokenizer: Any, ids: list[int]) -> None:
     assert "".join(pushed(Detokenizer(tokenizer.decode), ids)) == tokenizer.decode(ids)
@@ -69,7 +69,7 @@ def stopped(text: str, cuts: list[int], stops: list[str]) -> tuple[str, bool]:
     return found + strings.finish(), strings.met
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300)
 @given(
     text=st.text("ab", max_size=30),
     cuts=st.lists(st.integers(0, 30)),

@@ -101,7 +101,7 @@ def test_the_command_line_prints_that_line_and_exits_with_2(kind: str, tmp_path:
     assert result.stderr.count("\n") == 1
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300)
 @given(
     changes=st.lists(st.tuples(st.integers(0, 10_000), st.integers(0, 255)), min_size=1, max_size=4), cut=st.booleans()
 )

@@ -167,7 +167,7 @@ def test_16_bit_extremes(tier: str, dtype: torch.dtype) -> None:
         torch.testing.assert_close(y[:, 0], wanted, rtol=0, atol=0, equal_nan=True)
 
 
-@settings(max_examples=80, deadline=None)
+@settings(max_examples=80)
 @given(
     rows=st.integers(1, 40),
     columns=st.integers(1, 200),

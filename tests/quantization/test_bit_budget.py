@@ -49,7 +49,7 @@ def problems(draw: st.DrawFn) -> tuple[list[list[int]], list[list[float]], int]:
 
 
 @given(problems())
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300)
 def test_the_allocation_is_the_best_there_is(problem: tuple[list[list[int]], list[list[float]], int]) -> None:
     sizes, errors, limit = problem
     chosen = allocate(sizes, errors, limit)

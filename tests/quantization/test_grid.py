@@ -13,7 +13,7 @@ def weights(seed: int, shift: float, spread: float) -> torch.Tensor:
     return torch.randn(6, 32, generator=generator) * spread + shift
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(
     seed=st.integers(0, 2**31),
     shift=st.floats(-3, 3),

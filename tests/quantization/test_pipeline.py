@@ -261,7 +261,7 @@ def test_ctrl_c_is_one_line_code_2_and_keeps_what_is_finished(finished: int, tin
     command += ["--n-grid", "2000000" if finished == 0 else "4000"]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     awaited = ".out.partial/run.json" if finished == 0 else ".out.partial/blocks/0.json"
-    deadline = time.monotonic() + 120
+    deadline = time.monotonic() + 600
     while not (tmp_path / awaited).exists() and time.monotonic() < deadline and process.poll() is None:
         time.sleep(0.01)
     process.send_signal(signal.SIGINT)

@@ -79,7 +79,7 @@ def test_the_penalty_makes_what_was_seen_less_likely_whatever_its_sign() -> None
     assert logits.tolist() == [2, -2, 2, -2]
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(
     seed=st.integers(0, 2**31),
     temperature=st.floats(0.05, 5),
@@ -111,7 +111,7 @@ def test_order_and_result_are_those_of_transformers(
     torch.testing.assert_close(found, expected)
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(
     seed=st.integers(0, 2**31),
     temperature=st.floats(1e-30, 5),

@@ -78,7 +78,7 @@ def test_every_filter_and_division(model: RejectionMachine) -> None:
     assert model.waits > 0
 
 
-@settings(max_examples=60, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=60, derandomize=True, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(greedy=st.booleans(), **MACHINES, **CASES)
 def test_with_probabilities_the_tokens_are_the_same(
     model: RejectionMachine, blocks: int, resident: int, greedy: bool, filters: dict[str, Any], **case: Any
@@ -90,7 +90,7 @@ def test_with_probabilities_the_tokens_are_the_same(
     compare(ids, q, torch.softmax(logits, dim=-1), **options, **filters)
 
 
-@settings(max_examples=60, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=60, derandomize=True, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(
     temperature=st.sampled_from([0.0, 0.3, 1.0, 1.7]), powers=st.booleans(),
     dtype=st.sampled_from([torch.float32, torch.float16, torch.bfloat16]), **MACHINES, **CASES,

@@ -22,7 +22,7 @@ from halfbyte.sampling.rejection_reference import filtered_row
 FAST = [name for name in IMPLEMENTATIONS if name != "reference"]
 
 
-@settings(max_examples=100, deadline=None, derandomize=True)
+@settings(max_examples=100, derandomize=True)
 @given(greedy=st.booleans(), **CASES)
 def test_with_probabilities_the_tokens_are_the_same(greedy: bool, filters: dict[str, Any], **case: Any) -> None:
     ids, q, logits, options = make(**case)
@@ -37,7 +37,7 @@ def test_with_probabilities_the_tokens_are_the_same(greedy: bool, filters: dict[
         assert torch.equal(found[1], expected[1]), name
 
 
-@settings(max_examples=100, deadline=None, derandomize=True)
+@settings(max_examples=100, derandomize=True)
 @given(temperature=st.sampled_from([0.0, 0.3, 1.0, 1.7]), powers=st.booleans(), **CASES)
 def test_with_logits_they_are_but_for_numbers_at_a_boundary(
     temperature: float, powers: bool, filters: dict[str, Any], **case: Any
@@ -65,7 +65,7 @@ def test_numbers_at_a_boundary_are_rare() -> None:
         assert distance_to_a_boundary(ids, q, logits, options, row) < BOUNDARY
 
 
-@settings(max_examples=100, deadline=None, derandomize=True)
+@settings(max_examples=100, derandomize=True)
 @given(
     seed=st.integers(0, 2**31), vocabulary=st.integers(1, 300), temperature=st.floats(0.05, 4), coarse=st.booleans(),
     filters=FILTERS,
