@@ -50,6 +50,13 @@ def test_windows_cover_the_text(tokens: int, window: int, stride: int) -> None:
     assert set(range(tokens)) - set(counted) <= unpredicted | {tokens - 1}
 
 
+def test_no_window_is_longer_than_the_context(model: halfbyte.Model) -> None:
+    assert model.config.max_position_embeddings == 512
+    assert measure_perplexity(model, TEXT, max_windows=1, progress=False).window == 512
+    with pytest.raises(ConfigError, match="window: expected at most 512 tokens, the model's context, got 513"):
+        measure_perplexity(model, TEXT, window=513)
+
+
 def test_max_windows_stops_early_and_a_name_is_loaded(tiny_llama: Path) -> None:
     result = measure_perplexity(tiny_llama, TEXT, window=32, max_windows=2, progress=False)
     assert (len(result.window_nll), result.tokens) == (2, 62)

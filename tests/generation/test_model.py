@@ -177,6 +177,11 @@ def test_unquantized_folders_load_too_and_give_transformers_logits(tiny_llama: P
     assert float((fused.logits(ids[0]) - expected).norm() / expected.norm()) < 2e-3
 
 
+def test_a_backend_nobody_knows_is_refused_for_any_model(tiny_llama: Path) -> None:
+    with pytest.raises(ConfigError, match="backend: expected one of auto, decoder, transformers, cuda, .*, got 'fast'"):
+        halfbyte.load(tiny_llama, backend="fast")
+
+
 @pytest.mark.parametrize("backend", ["native", "torch", "reference"])
 def test_every_backend_gives_the_same_logits(
     quantized_llama: Path, backend: str, monkeypatch: pytest.MonkeyPatch
@@ -224,7 +229,6 @@ def test_bad_prompts_and_lengths_are_refused(model: halfbyte.Model) -> None:
 @pytest.mark.parametrize(
     ("settings", "kind", "message"),
     [
-        ({"backend": "exllama"}, ConfigError, "backend 'exllama': expected \"auto\" or one of cuda, native, torch"),
         ({"backend": "marlin", "device": "cpu"}, UnsupportedError, "backend marlin: runs on cuda, not on cpu"),
         ({"backend": "bitsandbytes"}, UnsupportedError, "backend bitsandbytes: computes in NF4"),
         ({"device": "tpu"}, ConfigError, "device 'tpu'"),

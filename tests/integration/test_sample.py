@@ -49,7 +49,7 @@ def test_every_tier_gives_the_logits_of_the_dequantized_weights(
         for settings, tolerance in (
             ({"backend": "native"}, 1e-2),
             ({"compute": "a16", "head_bits": 16}, 1e-2),
-            # Activations in 8 bits round one way or the other for the last bit of a norm: 1.9e-2 to 2.1e-2 between tiers.
+            # The last bit of a norm decides which way an activation is rounded to 8 bits: tiers gave 1.9e-2 to 2.1e-2.
             ({}, 4e-2),
         ):
             found = halfbyte.load(rounded.output_dir, **settings).logits(ids)

@@ -20,6 +20,7 @@ from halfbyte import QuantConfig
 from halfbyte.checkpoints.reader import Checkpoint
 from halfbyte.errors import CalibrationError, CheckpointError, ConfigError, HalfbyteError, OutputError, UnsupportedError
 from halfbyte.formats import gemm
+from halfbyte.quantization.inspection import inspect_folds
 from tests.conftest import TEXT, make_llama
 
 QUICK: dict[str, Any] = {"calibration": [TEXT], "max_calib_samples": 4, "max_calib_seq_len": 64}
@@ -65,6 +66,11 @@ def test_what_is_loaded_is_what_was_chosen(quantized_llama: Path, monkeypatch: p
     for settings, tolerance in (({"compute": "a16", "head_bits": 16}, 1e-2), ({"backend": "native"}, 1e-2), ({}, 6e-2)):
         found = halfbyte.load(quantized_llama, **settings).logits(ids)
         assert float((found - expected).norm() / expected.norm()) < tolerance, settings
+
+
+def test_folds_are_looked_for_in_the_original_alone(quantized_llama: Path) -> None:
+    with pytest.raises(ConfigError, match="is quantized already; folds are looked for in the original"):
+        inspect_folds(quantized_llama, progress=False)
 
 
 def test_awq_is_closer_to_the_original_than_rounding(tiny_llama: Path, quantized_llama: Path, tmp_path: Path) -> None:

@@ -32,7 +32,9 @@ def command(
     data_path: Annotated[
         str | None, typer.Option(help="A local copy of wikitext2, c4 or lambada: a file or a folder.")
     ] = None,
-    window: Annotated[int, typer.Option(help="Tokens per window.")] = 1024,
+    window: Annotated[
+        int | None, typer.Option(help="Tokens per window.", show_default="1024, or the model's context")
+    ] = None,
     stride: Annotated[int | None, typer.Option(help="Tokens to move on by; the window if not given.")] = None,
     max_windows: Annotated[int | None, typer.Option(help="Stop after so many windows.")] = None,
     prompt_tokens: Annotated[int, typer.Option(help="Prompt length of the speed measurement.")] = 128,

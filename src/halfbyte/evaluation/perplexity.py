@@ -10,8 +10,12 @@ from pathlib import Path
 import torch
 
 from halfbyte.errors import ConfigError
+from halfbyte.evaluation.likelihood import context_length
 from halfbyte.generation.model import Model, load
 from halfbyte.progress import progress_bar
+
+# Tokens per window, where the model's context is not shorter.
+WINDOW = 1024
 
 
 @dataclass(frozen=True)
@@ -33,16 +37,16 @@ class PerplexityResult:
     stride: int
 
 
-def perplexity(model: Model | str | Path, text: str, *, window: int = 1024) -> float:
+def perplexity(model: Model | str | Path, text: str, *, window: int | None = None) -> float:
     """Perplexity of `text`, window by window without overlap.
 
     Args:
         model: a loaded model, or anything `load` opens.
         text: tokenized as a whole, without special tokens.
-        window: tokens per window; a shorter last window counts too.
+        window: tokens per window, 1,024 or the model's context if None; a shorter last window counts too.
 
     Raises:
-        ConfigError: fewer than two tokens of text, or a window of fewer than two.
+        ConfigError: fewer than two tokens of text, or a window of fewer than two or more than the model's context.
     """
     return measure_perplexity(model, text, window=window, progress=False).perplexity
 
@@ -51,7 +55,7 @@ def measure_perplexity(
     model: Model | str | Path,
     text: str,
     *,
-    window: int = 1024,
+    window: int | None = None,
     stride: int | None = None,
     max_windows: int | None = None,
     progress: bool = True,
@@ -64,7 +68,7 @@ def measure_perplexity(
     Args:
         model: a loaded model, or anything `load` opens.
         text: tokenized as a whole, without special tokens.
-        window: tokens per window.
+        window: tokens per window; 1,024 if None, or the model's context where that is shorter.
         stride: tokens to move on by; `window` if None.
         max_windows: stop after so many.
         progress: show a bar on a terminal.
@@ -73,7 +77,11 @@ def measure_perplexity(
         ConfigError: fewer than two tokens of text, or a window or stride that cannot work.
     """
     model = model if isinstance(model, Model) else load(model)
+    context = context_length(model)
+    window = min(WINDOW, context) if window is None else window
     stride = window if stride is None else stride
+    if window > context:
+        raise ConfigError(f"window: expected at most {context:,} tokens, the model's context, got {window:,}")
     if window < 2 or not 1 <= stride <= window:
         raise ConfigError(f"window and stride: expected 2 <= window and 1 <= stride <= window, got {window}, {stride}")
     if max_windows is not None and max_windows < 1:

@@ -15,6 +15,7 @@ from halfbyte.architectures.skeleton import build_skeleton, fill, find_decoder_b
 from halfbyte.architectures.stored import ModelTensors
 from halfbyte.checkpoints.reader import Checkpoint
 from halfbyte.checkpoints.sources import resolve_model
+from halfbyte.errors import ConfigError
 from halfbyte.quantization.capture import capture_block_inputs
 from halfbyte.quantization.discovery import Discovery, Trial, discover_folds
 
@@ -64,9 +65,12 @@ def inspect_folds(model: str | Path, *, every_block: bool = False, progress: boo
         progress: show a download's progress on a terminal.
 
     Raises:
-        HalfbyteError: the model is missing, broken, or has no decoder blocks.
+        ConfigError: the model is quantized.
+        HalfbyteError: it is missing, broken, or has no decoder blocks.
     """
     checkpoint = Checkpoint.open(resolve_model(str(model), progress=progress))
+    if checkpoint.config.get("quantization_config") is not None:
+        raise ConfigError(f"{model}: is quantized already; folds are looked for in the original")
     skeleton = build_skeleton(str(checkpoint.folder), torch.float32)
     blocks_name, blocks = find_decoder_blocks(skeleton)
     tensors = ModelTensors(skeleton, checkpoint, checkpoint.names())

@@ -17,7 +17,7 @@ from halfbyte.checkpoints.reader import Checkpoint
 from halfbyte.errors import CheckpointError, ConfigError, UnsupportedError
 from halfbyte.formats.layouts import Layout, read_layout
 from halfbyte.kernels.decoder_linear import COMPUTE_MODES
-from halfbyte.kernels.w4a16 import CUDA, MARLIN
+from halfbyte.kernels.w4a16 import CUDA, KERNELS, MARLIN
 from halfbyte.runtime.compute_dtype import prepare_for_cpu
 from halfbyte.runtime.decoder import CACHE_TYPES, NativeDecoder
 from halfbyte.runtime.decoder_loading import load_decoder
@@ -104,7 +104,7 @@ def load_model(
 
     Raises:
         CheckpointError: missing, malformed or contradictory files.
-        ConfigError: no such `compute`, `head_bits`, `cache`, module or device.
+        ConfigError: no such `backend`, `compute`, `head_bits`, `cache`, module or device.
         UnsupportedError: another quantization method, a backend this machine lacks, or one that cannot run this model.
     """
     if compute not in ("auto", *COMPUTE_MODES):
@@ -113,6 +113,9 @@ def load_model(
         raise ConfigError(f"head_bits: expected auto, {', '.join(map(str, HEAD_BITS))}, got {head_bits!r}")
     if cache not in ("auto", *CACHE_TYPES):
         raise ConfigError(f"cache: expected auto, {' or '.join(CACHE_TYPES)}, got {cache!r}")
+    backends = ("auto", DECODER, TRANSFORMERS, *(kernel.name for kernel in KERNELS))
+    if backend not in backends:
+        raise ConfigError(f"backend: expected one of {', '.join(backends)}, got {backend!r}")
     options = read_fuse_options(fuse_layers, modules_to_fuse, fuse_max_seq_len)
     where = read_placement(device, device_map, max_memory)
     checkpoint = Checkpoint.open(folder)
