@@ -88,7 +88,7 @@ PEERS ?=
 bench: $(VENV)/.halfbyte
 	$(BIN)/python benchmarks/ablation.py --data $(DATA) --only "original, fp32 arithmetic" rtn "awq without range" awq best
 	$(BIN)/python benchmarks/cpu_decode.py --data $(DATA) --batches 1 --transformers $(PEERS)
-	$(BIN)/python benchmarks/kernels.py
+	$(BIN)/python benchmarks/linear_kernels.py
 
 clean:
 	rm -rf $(VENV) $(INTEROP) build demo-output .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache

@@ -1,6 +1,6 @@
 """The INT4 linear kernels against torch's own linear, on the shapes of SmolLM2-135M and one larger.
 
-    python benchmarks/kernels.py [--seconds 0.3] [--group-size 64]
+    python benchmarks/linear_kernels.py [--seconds 0.3] [--group-size 64]
 
 Every cell pairs the peers in one run: they take turns in bursts, the first call of a burst (which pays for the other's
 cache contents and for threads the other left spinning) is not counted, and the median of the rest is printed. `GB/s`
